@@ -1,0 +1,1 @@
+"""Score conversations with WorldPM reward models, 16-bit or quantized."""

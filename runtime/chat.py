@@ -1,0 +1,189 @@
+"""The only rendering of a conversation into tokens, and the index of the token that is scored.
+
+The command line, the API, the page, calibration and parity all come through here, so that a score can
+never depend on who asked. Three rules:
+
+* The system block is always present, and empty unless the user gave one (the model was trained so).
+* Special-token text typed by a user is text. It cannot close a turn or end the conversation.
+* The scored token is the last `<|endoftext|>` that the checkpoint's own chat template wrote. Its index is
+  known from here on and never derived from padding.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from runtime.conversation import Message, check_conversation
+from runtime.errors import CheckpointError, ConversationError
+
+SCORED_TOKEN = "<|endoftext|>"
+_PRIVATE_USE = range(0xE000, 0xF900)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the model sees it."""
+
+    token_ids: list[int]
+    scored_index: int
+    warnings: list[str] = field(default_factory=list)
+
+
+class Renderer:
+    """Renders conversations with a checkpoint's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str, max_positions: int, where: str = "chat template"):
+        """`max_positions` is the longest rendering in tokens; `where` names the checkpoint in errors.
+
+        Raises:
+            CheckpointError: the template does not compile, or does not end in `<|endoftext|>`.
+        """
+        self.max_positions = max_positions
+        self._tokenizer = tokenizer
+        # Text between special tokens is encoded alone, so special-token text left in it is user text.
+        self._tokenizer.encode_special_tokens = True
+        specials = {
+            token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        if SCORED_TOKEN not in specials:
+            raise CheckpointError(f"{where}: the tokenizer has no special token {SCORED_TOKEN}, which is scored.")
+        self._special_ids = specials
+        by_length = sorted(specials, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")")
+        self._template = _compile_template(template, where)
+        self._check_template(where)
+
+    @classmethod
+    def from_directory(cls, directory: Path, max_positions: int) -> Renderer:
+        """Read `tokenizer.json` and the chat template of a checkpoint directory.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy the tokenizer files of the original checkpoint there.")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a readable tokenizer: {error}") from error
+        return cls(tokenizer, _read_template(Path(directory)), max_positions, str(directory))
+
+    def render(self, messages: Sequence[Message], *, truncate: bool = False, where: str = "") -> Rendered:
+        """Tokens of a conversation that ends in the assistant's response.
+
+        Args:
+            messages: turns; a missing system turn becomes an empty one.
+            truncate: drop whole oldest turns when the rendering is longer than `max_positions`.
+            where: names the conversation in errors, such as `pairs.jsonl:12`.
+
+        Raises:
+            ConversationError: the turns are malformed, or too long.
+        """
+        check_conversation(messages, where)
+        system, *turns = _with_system(messages)
+        warnings = []
+        if system["content"]:
+            warnings.append("non-empty system prompt: the model was trained with an empty one")
+        token_ids = self._encode([system, *turns])
+        dropped = 0
+        while truncate and len(token_ids) > self.max_positions and len(turns) > 2:
+            first_kept = next((i for i in range(1, len(turns)) if turns[i]["role"] == "user"), None)
+            if first_kept is None:
+                break
+            dropped += first_kept
+            turns = turns[first_kept:]
+            token_ids = self._encode([system, *turns])
+        if len(token_ids) > self.max_positions:
+            remedy = "its last exchange alone does not fit" if truncate else "shorten it, or allow truncation"
+            raise ConversationError(
+                f"{where or 'conversation'}: {len(token_ids)} tokens, but the model has {self.max_positions} "
+                f"positions; {remedy}."
+            )
+        if dropped:
+            warnings.append(f"truncated: the oldest {dropped} turns were dropped")
+        last = len(token_ids) - 1 - token_ids[::-1].index(self._special_ids[SCORED_TOKEN])
+        return Rendered(token_ids, last, warnings)
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        """Render, split at the template's special tokens, encode the text between them."""
+        mark = _unused_character(messages)
+        shielded = [{**m, "content": self._special_pattern.sub(lambda s: _shield(s[0], mark), m["content"])}
+                    for m in messages]
+        token_ids: list[int] = []
+        for piece in self._special_pattern.split(self._render_text(shielded)):
+            if piece in self._special_ids:
+                token_ids.append(self._special_ids[piece])
+            elif piece:
+                text = piece.replace(mark, "")
+                token_ids.extend(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return token_ids
+
+    def _render_text(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=False)
+        except jinja2.TemplateError as error:
+            raise ConversationError(f"the chat template refuses this conversation: {error}") from error
+
+    def _check_template(self, where: str) -> None:
+        probe = [{"role": "system", "content": ""}, {"role": "user", "content": "a"},
+                 {"role": "assistant", "content": "b"}]
+        if not self._render_text(probe).rstrip().endswith(SCORED_TOKEN):
+            raise CheckpointError(
+                f"{where}: the chat template does not end a conversation with {SCORED_TOKEN}, the token that is "
+                "scored; restore the template that the reward model was published with."
+            )
+
+
+def _with_system(messages: Sequence[Message]) -> list[Message]:
+    if messages[0]["role"] == "system":
+        return list(messages)
+    return [{"role": "system", "content": ""}, *messages]
+
+
+def _unused_character(messages: list[Message]) -> str:
+    """A private-use character that occurs in no message, to break special-token text with."""
+    used = set().union(*(message["content"] for message in messages))
+    return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+
+
+def _shield(special: str, mark: str) -> str:
+    return special[0] + mark + special[1:]
+
+
+def _compile_template(template: str, where: str) -> jinja2.Template:
+    """As transformers compiles it: sandboxed, since a template comes from outside."""
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise CheckpointError(f"{where}: the chat template does not compile: {error}") from error
+
+
+def _read_template(directory: Path) -> str:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config_file = directory / "tokenizer_config.json"
+    try:
+        template: Any = json.loads(config_file.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config_file} cannot be read: {error}") from error
+    if isinstance(template, list):  # several named templates
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    if not isinstance(template, str):
+        raise CheckpointError(f"{config_file} has no chat_template, and there is no chat_template.jinja beside it.")
+    return template

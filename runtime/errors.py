@@ -1,0 +1,29 @@
+"""What a user can cause and mend. Anything else that goes wrong is ours and stays a traceback.
+
+A message states the fault, the value found, and the remedy, in that order; commands print it
+after ``error:`` and exit with status 2.
+"""
+
+
+class KitError(Exception):
+    """Base of every fault that a user can mend."""
+
+
+class CheckpointError(KitError):
+    """A checkpoint that is missing, damaged, or not a WorldPM-style reward model."""
+
+
+class ConversationError(KitError):
+    """A conversation, or a file of them, that cannot be scored as it stands."""
+
+
+class PlanError(KitError):
+    """Work that does not fit the machine or contradicts its own arguments."""
+
+
+class JobError(KitError):
+    """A quantization job that cannot start, go on, or be resumed."""
+
+
+class NonFiniteError(KitError):
+    """A NaN or an infinity, with the tensor, block or conversation that first showed it."""
