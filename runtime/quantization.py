@@ -1,0 +1,237 @@
+"""How a checkpoint's block linears are stored, and the `quantization_config` that says so.
+
+Three layouts are read, all of them other people's: GPTQ (as AutoGPTQ, GPTQModel, vLLM and SGLang write and
+read it), and bitsandbytes' NF4 and LLM.int8. Everything a config may ask for beyond them is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from runtime.architecture import BLOCK_LINEARS
+from runtime.errors import CheckpointError
+
+Method = Literal["gptq", "nf4", "int8"]
+Expected = tuple["torch.dtype | None", "tuple[int, ...] | None"]
+
+NF4_BLOCKSIZE = 64
+NF4_NESTED_BLOCKSIZE = 256
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+
+# q, k and v see the same input, so do gate and up: linears that share a line share a Hessian.
+BLOCK_LINEAR_GROUPS = (BLOCK_LINEARS[:3], BLOCK_LINEARS[3:4], BLOCK_LINEARS[4:6], BLOCK_LINEARS[6:])
+
+# GPTQ options that change what the stored tensors mean; the value is the one we implement.
+_ONLY = {"pack_dtype": "int32", "is_marlin_format": False, "rotation": None, "adapter": None}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What `quantization_config` says; `checkpoint_format` to `true_sequential` concern GPTQ alone."""
+
+    method: Method
+    bits: int
+    group_size: int = -1  # input columns that share a scale; -1: all of them
+    sym: bool = True
+    desc_act: bool = False
+    damp_percent: float = 0.01
+    static_groups: bool = False
+    true_sequential: bool = True
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    double_quant: bool = True  # NF4: absmax is itself quantized
+    compute_dtype: str = "bfloat16"  # NF4: what other readers multiply in
+
+    def __post_init__(self) -> None:
+        assert self.bits in {"gptq": (4, 8), "nf4": (4,), "int8": (8,)}[self.method], self
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], where: str = "config.json") -> Quantization:
+        """Read a `quantization_config`, ours or another writer's.
+
+        Raises:
+            CheckpointError: it asks for something we do not implement, named with its value.
+        """
+        method = config.get("quant_method")
+        if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+            method = "bitsandbytes"  # early transformers left it out
+        if method == "gptq":
+            return _gptq_from_config(config, where)
+        if method == "bitsandbytes":
+            return _bitsandbytes_from_config(config, where)
+        raise _unsupported(where, "quant_method", method, "'gptq' or 'bitsandbytes'")
+
+    def to_config(self) -> dict[str, Any]:
+        """The `quantization_config` under which every reader leaves the score head alone."""
+        if self.method == "gptq":
+            return {
+                "quant_method": "gptq",
+                "bits": self.bits,
+                "group_size": self.group_size,
+                "desc_act": self.desc_act,
+                "sym": self.sym,
+                "damp_percent": self.damp_percent,
+                "true_sequential": self.true_sequential,
+                "static_groups": self.static_groups,
+                "lm_head": False,
+                "checkpoint_format": self.checkpoint_format,
+                "pack_dtype": "int32",
+                "modules_in_block_to_quantize": [list(group) for group in BLOCK_LINEAR_GROUPS],
+                "dynamic": {"-:score\\..*": {}},
+            }
+        config: dict[str, Any] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": self.method == "nf4",
+            "load_in_8bit": self.method == "int8",
+            "llm_int8_skip_modules": ["score"],
+        }
+        if self.method == "nf4":
+            return config | {
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": self.double_quant,
+                "bnb_4bit_compute_dtype": self.compute_dtype,
+                "bnb_4bit_quant_storage": "uint8",
+            }
+        return config | {"llm_int8_threshold": 6.0, "llm_int8_has_fp16_weight": False}
+
+    def linear_tensors(self, out_features: int, in_features: int, bias: bool) -> dict[str, Expected]:
+        """Tensors of one stored linear: suffix -> (dtype, shape).
+
+        A dtype of None means any floating dtype, a shape of None any one-dimensional one.
+
+        Raises:
+            CheckpointError: the shape cannot be packed at these bits.
+        """
+        if self.method == "gptq":
+            tensors = self._gptq_tensors(out_features, in_features)
+        elif self.method == "nf4":
+            tensors = self._nf4_tensors(out_features * in_features)
+        else:
+            tensors = {
+                "weight": (torch.int8, (out_features, in_features)),
+                "SCB": (torch.float32, (out_features,)),
+                "weight_format": (torch.uint8, ()),
+            }
+        return tensors | ({"bias": (None, (out_features,))} if bias else {})
+
+    def groups(self, in_features: int) -> int:
+        """Scales per output row; the last group may be shorter than the others."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    def _gptq_tensors(self, out_features: int, in_features: int) -> dict[str, Expected]:
+        rows = whole_words(in_features, self.bits, "in_features")
+        columns = whole_words(out_features, self.bits, "out_features")
+        groups = self.groups(in_features)
+        return {
+            "qweight": (torch.int32, (rows, out_features)),
+            "qzeros": (torch.int32, (groups, columns)),
+            "scales": (torch.float16, (groups, out_features)),
+            "g_idx": (torch.int32, (in_features,)),
+        }
+
+    def _nf4_tensors(self, elements: int) -> dict[str, Expected]:
+        blocks = -(-elements // NF4_BLOCKSIZE)
+        tensors: dict[str, Expected] = {
+            "weight": (torch.uint8, ((elements + 1) // 2, 1)),
+            "weight.absmax": (torch.uint8 if self.double_quant else torch.float32, (blocks,)),
+            "weight.quant_map": (torch.float32, (16,)),
+            NF4_STATE: (torch.uint8, None),  # JSON text
+        }
+        if self.double_quant:
+            tensors["weight.nested_absmax"] = (torch.float32, (-(-blocks // NF4_NESTED_BLOCKSIZE),))
+            tensors["weight.nested_quant_map"] = (torch.float32, (256,))
+        return tensors
+
+
+def whole_words(count: int, bits: int, what: str) -> int:
+    """How many 32-bit words hold `count` codes.
+
+    Raises:
+        CheckpointError: the last word would be partly filled, which the GPTQ layout cannot express.
+    """
+    per_word = 32 // bits
+    if count % per_word:
+        raise CheckpointError(
+            f"{what} {count} is not a multiple of {per_word}, the {bits}-bit codes in one 32-bit word; "
+            "GPTQ cannot store this linear, use NF4."
+        )
+    return count // per_word
+
+
+def _gptq_from_config(config: dict[str, Any], where: str) -> Quantization:
+    for key, value in _ONLY.items():
+        _choice(config, key, (value,), value, where)
+    _check_dynamic(config.get("dynamic") or {}, where)
+    stored_as = "checkpoint_format" if config.get("checkpoint_format") else "format"  # GPTQModel has both
+    return Quantization(
+        method="gptq",
+        bits=_choice(config, "bits", (4, 8), None, where),
+        group_size=_group_size(config, where),
+        sym=_flag(config, "sym", True, where),
+        desc_act=_flag(config, "desc_act", False, where),
+        damp_percent=_damp_percent(config, where),
+        static_groups=_flag(config, "static_groups", False, where),
+        true_sequential=_flag(config, "true_sequential", True, where),
+        checkpoint_format=_choice(config, stored_as, ("gptq", "gptq_v2"), "gptq", where),
+    )
+
+
+def _group_size(config: dict[str, Any], where: str) -> int:
+    value = config.get("group_size", -1)
+    if type(value) is not int or (value < 1 and value != -1):
+        raise _unsupported(where, "group_size", value, "a positive whole number or -1")
+    return value
+
+
+def _damp_percent(config: dict[str, Any], where: str) -> float:
+    value = config.get("damp_percent")
+    if value is None:
+        return 0.01
+    if type(value) not in (int, float):
+        raise _unsupported(where, "damp_percent", value, "a number")
+    return float(value)
+
+
+def _check_dynamic(dynamic: Any, where: str) -> None:
+    """Skipping modules is fine, the tensors show which; other settings for some of them are not."""
+    if not isinstance(dynamic, dict):
+        raise _unsupported(where, "dynamic", dynamic, "an object")
+    for pattern, override in dynamic.items():
+        if override and not pattern.startswith("-:"):
+            raise _unsupported(where, f"dynamic[{pattern!r}]", override, "one setting for every block linear")
+
+
+def _bitsandbytes_from_config(config: dict[str, Any], where: str) -> Quantization:
+    if _flag(config, "load_in_8bit", False, where):
+        _choice(config, "llm_int8_has_fp16_weight", (False,), False, where)
+        return Quantization(method="int8", bits=8)
+    if not _flag(config, "load_in_4bit", False, where):
+        raise _unsupported(where, "load_in_4bit", config.get("load_in_4bit"), "true, or load_in_8bit true")
+    _choice(config, "bnb_4bit_quant_type", ("nf4",), "fp4", where)  # bitsandbytes' own default is fp4
+    _choice(config, "bnb_4bit_quant_storage", ("uint8",), "uint8", where)
+    compute_dtype = _choice(
+        config, "bnb_4bit_compute_dtype", ("bfloat16", "float16", "float32"), "float32", where
+    )
+    double_quant = _flag(config, "bnb_4bit_use_double_quant", False, where)
+    return Quantization(method="nf4", bits=4, double_quant=double_quant, compute_dtype=compute_dtype)
+
+
+def _choice(config: dict[str, Any], key: str, allowed: tuple[Any, ...], default: Any, where: str) -> Any:
+    value = config.get(key)
+    value = default if value is None else value
+    if value not in allowed or type(value) not in {type(choice) for choice in allowed}:  # True == 1 == 1.0
+        raise _unsupported(where, key, value, " or ".join(repr(choice) for choice in allowed))
+    return value
+
+
+def _flag(config: dict[str, Any], key: str, default: bool, where: str) -> bool:
+    value: bool = _choice(config, key, (True, False), default, where)
+    return value
+
+
+def _unsupported(where: str, key: str, value: Any, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: quantization_config has {key} {value!r}, which is not supported; {expected} was expected."
+    )
