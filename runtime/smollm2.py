@@ -104,14 +104,14 @@ class SmolLM2:
     def tokenizer_config(self) -> dict[str, Any]:
         """`tokenizer_config.json`, with which transformers reads `tokenizer.json` as it stands."""
         tokens = self._value("tokenizer.ggml.tokens")
-        special = {name: tokens[self._value(f"tokenizer.ggml.{key}_token_id")]
-                   for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"))}
         return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self._value("llama.context_length"),
             "clean_up_tokenization_spaces": False,
+            "bos_token": tokens[self._value("tokenizer.ggml.bos_token_id")],
+            "eos_token": tokens[self._value("tokenizer.ggml.eos_token_id")],
+            "pad_token": tokens[self._value("tokenizer.ggml.padding_token_id")],
             "chat_template": CHAT_TEMPLATE,
-            **special,
         }
 
     def _value(self, key: str) -> Any:
