@@ -51,14 +51,16 @@ class Architecture:
         _refuse_foreign(config, where)
         counts = {key: _positive(config, key, where) for key in _COUNTS}
         heads, hidden = counts["num_attention_heads"], counts["hidden_size"]
-        if hidden % heads or heads % counts["num_key_value_heads"]:
+        head_dim = int(config.get("head_dim") or hidden // heads)
+        if heads * head_dim != hidden or heads % counts["num_key_value_heads"]:
             raise CheckpointError(
-                f"{where}: hidden_size {hidden}, num_attention_heads {heads} and num_key_value_heads "
-                f"{counts['num_key_value_heads']} do not divide one another; is this the model's own config?"
+                f"{where}: hidden_size {hidden}, num_attention_heads {heads}, head_dim {head_dim} and "
+                f"num_key_value_heads {counts['num_key_value_heads']} contradict one another; restore the model's "
+                "own config."
             )
         return cls(
             **counts,
-            head_dim=int(config.get("head_dim") or hidden // heads),
+            head_dim=head_dim,
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=_rope_theta(config, where),
             dtype=_dtype(config, where),
@@ -67,12 +69,12 @@ class Architecture:
     def linear_shape(self, name: str) -> tuple[int, int]:
         """(out, in) of one of `BLOCK_LINEARS`."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
         return {
-            "self_attn.q_proj": (queries, hidden),
+            "self_attn.q_proj": (hidden, hidden),
             "self_attn.k_proj": (keys, hidden),
             "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, queries),
+            "self_attn.o_proj": (hidden, hidden),
             "mlp.gate_proj": (inner, hidden),
             "mlp.up_proj": (inner, hidden),
             "mlp.down_proj": (hidden, inner),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,31 +33,41 @@ class PackedBatch:
         """T, the number of tokens."""
         return self.cu_seqlens[-1]
 
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            scored=self.scored.to(device),
+        )
+
     def row_at(self, token: int) -> int:
         """The caller's row that holds token `token` of this batch."""
         sequence = next(i for i, end in enumerate(self.cu_seqlens[1:]) if token < end)
         return self.rows[sequence]
 
 
-def pack(rendered: Sequence[Rendered], token_budget: int) -> list[PackedBatch]:
+def pack(rendered: Sequence[Rendered], token_budget: int, first_row: int = 0) -> list[PackedBatch]:
     """Fill batches in the given order, each up to `token_budget` tokens.
 
-    A conversation longer than the budget gets a batch of its own; none is cut.
+    A conversation longer than the budget gets a batch of its own; none is cut. Rows are numbered from
+    `first_row`.
     """
     batches, members, filled = [], [], 0
     for row, conversation in enumerate(rendered):
         length = len(conversation.token_ids)
         if members and filled + length > token_budget:
-            batches.append(_lay_out(rendered, members))
+            batches.append(_lay_out(rendered, members, first_row))
             members, filled = [], 0
         members.append(row)
         filled += length
     if members:
-        batches.append(_lay_out(rendered, members))
+        batches.append(_lay_out(rendered, members, first_row))
     return batches
 
 
-def _lay_out(rendered: Sequence[Rendered], members: list[int]) -> PackedBatch:
+def _lay_out(rendered: Sequence[Rendered], members: list[int], first_row: int) -> PackedBatch:
     token_ids: list[int] = []
     positions: list[int] = []
     boundaries, scored = [0], []
@@ -68,5 +78,9 @@ def _lay_out(rendered: Sequence[Rendered], members: list[int]) -> PackedBatch:
         positions.extend(range(len(conversation.token_ids)))
         boundaries.append(len(token_ids))
     return PackedBatch(
-        torch.tensor(token_ids), torch.tensor(positions), tuple(boundaries), torch.tensor(scored), tuple(members)
+        torch.tensor(token_ids),
+        torch.tensor(positions),
+        tuple(boundaries),
+        torch.tensor(scored),
+        tuple(first_row + row for row in members),
     )

@@ -11,6 +11,7 @@ never depend on who asked. Three rules:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -36,6 +38,11 @@ class Rendered:
     token_ids: list[int]
     scored_index: int
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """sha256 of the token ids: what a stored reference score is filed under."""
+        return hashlib.sha256(np.asarray(self.token_ids, dtype="<i8").tobytes()).hexdigest()
 
 
 class Renderer:
