@@ -28,7 +28,7 @@ MESSAGES_SHAPE = '{"messages": [{"role": "user", "content": "..."}, {"role": "as
 
 
 class EmptyConversationError(ConversationError):
-    """A blank prompt or response. Its own class because data sets contain them: loaders count and skip them."""
+    """A blank prompt or response; a class of its own, since loaders skip and count such rows."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PreferencePair:
     """A prompt and two responses to it, of which the first was preferred.
 
     `chosen` and `rejected` continue `prompt` and end in an assistant turn; `where` is the place the
-    pair was read from, such as ``pairs.jsonl:12``.
+    pair was read from, such as ``pairs.jsonl:12``. A category may be divided, as in ``languages/fr``.
     """
 
     prompt: list[Message]
@@ -49,6 +49,11 @@ class PreferencePair:
     def id(self) -> str:
         """Sixteen hex digits of the sha256 of the messages; equal text has equal ids wherever it was read."""
         return digest_messages(self.prompt, self.chosen, self.rejected)
+
+    @property
+    def area(self) -> str:
+        """The category without its division; what reports break down by."""
+        return area_of(self.category)
 
     @property
     def chosen_conversation(self) -> list[Message]:
@@ -75,7 +80,7 @@ def parse_row(row: Any, where: str = "") -> PreferencePair | list[Message]:
 
     Raises:
         EmptyConversationError: the prompt or a response is blank.
-        ConversationError: anything else that is not a row, with `where`, what was found and what was expected.
+        ConversationError: it is no row; the message has `where`, what was found and what was expected.
     """
     if not isinstance(row, dict):
         raise ConversationError(
@@ -89,7 +94,8 @@ def parse_row(row: Any, where: str = "") -> PreferencePair | list[Message]:
         check_conversation(messages, where)
         return messages
     raise ConversationError(
-        f"{_at(where)}the row has {_keys(row)}; {PAIR_SHAPE}, or {MESSAGES_SHAPE} for calibration alone, was expected."
+        f"{_at(where)}the row has {_keys(row)}; {PAIR_SHAPE}, "
+        f"or {MESSAGES_SHAPE} for calibration alone, was expected."
     )
 
 
@@ -100,6 +106,11 @@ def read_category(row: dict[str, Any]) -> str:
         if isinstance(value, str) and value.strip():
             return value.strip().encode(errors="backslashreplace").decode()
     return UNCATEGORISED
+
+
+def area_of(category: str) -> str:
+    """``languages`` of ``languages/fr``."""
+    return category.partition("/")[0]
 
 
 def check_conversation(messages: Any, where: str = "") -> None:
@@ -126,8 +137,8 @@ def check_conversation(messages: Any, where: str = "") -> None:
             )
     if messages[-1]["role"] != "assistant":
         raise ConversationError(
-            f"{_at(where)}the last turn is the {messages[-1]['role']}'s; the response to score, an assistant turn, "
-            "was expected there."
+            f"{_at(where)}the last turn is the {messages[-1]['role']}'s; the response to score, "
+            "an assistant turn, was expected there."
         )
     if all(message["role"] != "user" for message in messages):
         raise ConversationError(
@@ -169,14 +180,14 @@ def _split_common_prompt(
         length += 1
     if length == 0:
         raise ConversationError(
-            f"{_at(where)}the row has no 'prompt', and 'chosen' and 'rejected' share no first turn to take for one; "
-            f"give it a prompt: {PAIR_SHAPE}."
+            f"{_at(where)}the row has no 'prompt', and 'chosen' and 'rejected' share no first turn to take "
+            f"for one; give it a prompt: {PAIR_SHAPE}."
         )
     return chosen[:length], chosen[length:], rejected[length:]
 
 
 def _read_messages(value: Any, name: str, role_of_text: str, where: str) -> list[Message]:
-    """Checked copies holding role and content alone; text becomes one turn of `role_of_text`, if that is given."""
+    """Checked copies with role and content alone; text becomes one turn of `role_of_text`, if given."""
     if isinstance(value, str) and role_of_text:
         message = {"role": role_of_text, "content": value}
         _check_message(message, name, where)
@@ -210,8 +221,8 @@ def _check_message(message: Any, name: str, where: str) -> None:
         content.encode()
     except UnicodeEncodeError as error:
         raise ConversationError(
-            f"{_at(where)}the content of {name} has half a surrogate pair, {content[error.start]!a}, at character "
-            f"{error.start}; write the character itself or both of its \\u escapes."
+            f"{_at(where)}the content of {name} has half a surrogate pair, {content[error.start]!a}, "
+            f"at character {error.start}; write the character itself or both of its \\u escapes."
         ) from None
 
 

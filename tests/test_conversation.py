@@ -171,10 +171,9 @@ ALMOST_MESSAGES = st.lists(
 )
 ALMOST_ROWS = st.fixed_dictionaries(
     {},
-    optional={
-        key: ALMOST_MESSAGES | JSON_VALUES
-        for key in ("prompt", "chosen", "rejected", "messages", "category", "subset")
-    },
+    optional=dict.fromkeys(
+        ("prompt", "chosen", "rejected", "messages", "category", "subset"), ALMOST_MESSAGES | JSON_VALUES
+    ),
 )
 
 

@@ -1,0 +1,164 @@
+"""Rows of JSONL, JSON and Parquet files, one at a time, each with the place it was found at.
+
+What a row means is `runtime.conversation`'s business; here a file either yields rows or says in one
+sentence where and why it does not.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from runtime.conversation import PAIR_SHAPE
+from runtime.errors import ConversationError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_BATCH_ROWS = 64
+
+
+def is_row_file(path: Path) -> bool:
+    """Whether the name ends in one of `SUFFIXES`."""
+    return path.name.endswith(SUFFIXES)
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) for every row of a file; a place is ``pairs.jsonl:12`` or ``pairs.parquet row 12``.
+
+    JSONL and Parquet are streamed; a JSON array, or an object of columns, is held whole. JSONL under a
+    `.json` name is recognised. Blank lines are passed over.
+
+    Raises:
+        ConversationError: the file cannot be opened, or is not what its name says, with line and column.
+    """
+    if not is_row_file(path):
+        raise ConversationError(
+            f"{path} is no file of rows; one that ends in {', '.join(SUFFIXES)} was expected."
+        )
+    try:
+        if path.name.endswith(".parquet"):
+            yield from _parquet_rows(path)
+        elif path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _jsonl_rows(_lines(path))
+        else:
+            yield from _json_rows(path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ConversationError(
+            f"{path} is not a whole gzip file ({error}); fetch or compress it again."
+        ) from error
+    except OSError as error:
+        raise ConversationError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Places and texts of all lines, line ends included."""
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            place = f"{path.name}:{number}"
+            yield place, _decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, place)
+
+
+def _jsonl_rows(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Any]]:
+    return ((place, _parse(text, place)) for place, text in lines if text.strip())
+
+
+def _decode(data: bytes, place: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ConversationError(
+            f"{place}: byte {error.start + 1} of the line, 0x{data[error.start]:02x}, is not UTF-8; "
+            "save the file as UTF-8."
+        ) from None
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        found = text[max(error.pos - 20, 0) : error.pos + 20].strip()
+        hint = " If this is one JSON array, name the file .json." if text.lstrip().startswith("[") else ""
+        raise ConversationError(
+            f"{place}: not JSON at column {error.colno}, near {found!r} ({error.msg}); "
+            f"each line must be one object such as {PAIR_SHAPE}.{hint}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        raise ConversationError(
+            f"{place}: JSON that cannot be read ({error}); mend or remove the line."
+        ) from None
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    lines = (line for line in _lines(path) if line[1].strip())
+    place, first = next(lines, ("", ""))
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        row = None  # not whole in its first line
+    if isinstance(row, dict) and not _is_columns(row):
+        yield place, row
+        yield from _jsonl_rows(lines)
+    elif first:
+        for number, row in enumerate(_whole_json(path), start=1):
+            yield f"{path.name} row {number}", row
+
+
+def _whole_json(path: Path) -> list[Any]:
+    """The rows of a JSON array or of an object of columns."""
+    try:
+        value = json.loads("".join(text for _, text in _lines(path)))
+    except json.JSONDecodeError as error:
+        raise ConversationError(
+            f"{path.name}:{error.lineno}: not JSON at column {error.colno} ({error.msg}); "
+            f"an array of objects such as {PAIR_SHAPE} was expected."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConversationError(f"{path.name}: JSON that cannot be read ({error}); mend the file.") from None
+    if isinstance(value, dict):
+        return _rows_of_columns(value, path.name) if _is_columns(value) else [value]
+    if not isinstance(value, list):
+        raise ConversationError(
+            f"{path.name} holds one {type(value).__name__}; an array of objects such as {PAIR_SHAPE} "
+            "was expected."
+        )
+    return value
+
+
+def _is_columns(value: dict[str, Any]) -> bool:
+    """A row holds text or lists of objects under these keys; columns hold lists of texts or of lists."""
+    columns = (value.get(key) for key in ("prompt", "chosen", "rejected", "messages"))
+    return any(
+        isinstance(column, list) and column and isinstance(column[0], (str, list)) for column in columns
+    )
+
+
+def _rows_of_columns(columns: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    lengths = {key: len(column) for key, column in columns.items() if isinstance(column, list)}
+    if len(lengths) < len(columns) or len(set(lengths.values())) != 1:
+        raise ConversationError(
+            f"{name}: its columns differ in length ({lengths}); every column needs one entry a row."
+        )
+    return [dict(zip(columns, entries, strict=True)) for entries in zip(*columns.values(), strict=True)]
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow  # here, since few read Parquet and the import is slow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path.name} row {number}", row
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise ConversationError(f"{path} is no readable Parquet file after row {number}: {error}") from error
