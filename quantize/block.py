@@ -1,0 +1,224 @@
+"""One block in, its packed tensors and figures out.
+
+Within a block the linears are solved in the order in which data reaches them, and what a later linear sees
+has already passed the earlier ones as they will be ("true sequential"). q, k and v share one Hessian and one
+factorisation, and so do gate and up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from quantize.gptq import factorise, solve
+from quantize.hessian import Hessian
+from quantize.int8 import quantize_int8
+from quantize.nf4 import quantize_nf4
+from quantize.recipe import Recipe
+from quantize.rounding import round_to_nearest
+from runtime.architecture import BIASED_LINEARS, BLOCK_NORMS
+from runtime.linear import Tensors, make_linear
+from runtime.packing import pack_gptq
+from runtime.quantization import BLOCK_LINEAR_GROUPS
+from runtime.qwen2 import Block
+from runtime.sweep import Stream
+
+Watch = Callable[[str, float | None], None]
+"""Told of each linear as it is begun, with the relative loss of the one before."""
+
+
+@dataclass
+class LinearFigures:
+    """What quantizing one linear cost.
+
+    Attributes:
+        loss: mean over tokens of the squared output error; for methods that see no data, of the weights'.
+        relative_loss: the same over the mean squared output (or weight).
+        sqnr_db: signal to quantization noise in decibels, None where nothing was lost.
+        damp: what was added to the Hessian's diagonal; 0 without one.
+    """
+
+    loss: float
+    relative_loss: float
+    sqnr_db: float | None
+    damp: float = 0.0
+    dead_columns: int = 0
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class PackedBlock:
+    """The tensors of a packed block, named without `model.layers.N.`, and the figures of its linears."""
+
+    tensors: Tensors
+    linears: dict[str, LinearFigures]
+    seconds: dict[str, float]
+
+    def figures(self) -> dict[str, Any]:
+        """For the job's log."""
+        return {"linears": {name: asdict(each) for name, each in self.linears.items()}, "seconds": self.seconds}
+
+
+def quantize_block(
+    block: Block, stream: Stream, calibration: Sequence[int], parity: Sequence[int], index: int, recipe: Recipe,
+    watch: Watch,
+) -> PackedBlock:
+    """Replace the linears of `block` one group after another, and push `stream` through what comes of it.
+
+    Args:
+        block: an unquantized block; its linears are replaced by packed ones.
+        stream: hidden states of the quantized model before this block; `following` is filled.
+        calibration, parity: the batches of `stream` that are calibrated on, and those that are not.
+        index: the block's number, for messages.
+
+    Raises:
+        NonFiniteError: an activation or a weight is not finite.
+    """
+    packer = _Packer(block, recipe, index, watch)
+    if not recipe.calibrated:
+        for group in BLOCK_LINEAR_GROUPS:
+            packer.round(group)
+        stream.advance(block, index)
+        return packer.result()
+    for group, inputs in zip(BLOCK_LINEAR_GROUPS, _stops(block, stream, calibration), strict=True):
+        packer.calibrate(group, inputs, stream)
+    for batch in calibration:
+        activation = block.mlp_activation(block.mlp_input(stream.read(batch, following=True)))
+        stream.write(batch, block.after_mlp(stream.read(batch, following=True), activation))
+    stream.advance(block, index, parity)
+    return packer.result()
+
+
+def _stops(block: Block, stream: Stream, batches: Sequence[int]) -> Iterator[Iterator[tuple[int, torch.Tensor]]]:
+    """Inputs of the four linear groups, batch by batch. A group must be replaced before the next is asked for.
+
+    `stream.following` holds the attention's context, then the residual after attention, so neither is
+    computed twice.
+    """
+
+    def attention_inputs() -> Iterator[tuple[int, torch.Tensor]]:
+        for batch in batches:
+            yield batch, block.attention_input(stream.read(batch))
+
+    def contexts() -> Iterator[tuple[int, torch.Tensor]]:
+        for batch in batches:
+            context = block.attention_context(block.attention_input(stream.read(batch)), stream.batches[batch])
+            stream.write(batch, context)
+            yield batch, context
+
+    def mlp_inputs() -> Iterator[tuple[int, torch.Tensor]]:
+        for batch in batches:
+            context = stream.read(batch, following=True).to(block.numerics.matmul)
+            hidden = block.after_attention(stream.read(batch), context)
+            stream.write(batch, hidden)
+            yield batch, block.mlp_input(hidden)
+
+    def activations() -> Iterator[tuple[int, torch.Tensor]]:
+        for batch in batches:
+            yield batch, block.mlp_activation(block.mlp_input(stream.read(batch, following=True)))
+
+    yield from (attention_inputs(), contexts(), mlp_inputs(), activations())
+
+
+class _Packer:
+    """Quantizes the linears of one block, keeping tensors, figures and seconds."""
+
+    def __init__(self, block: Block, recipe: Recipe, index: int, watch: Watch):
+        self.block, self.recipe, self.index, self.watch = block, recipe, index, watch
+        self.quantization = recipe.quantization()
+        self.tensors: Tensors = {name: block.norms[name] for name in BLOCK_NORMS}
+        self.linears: dict[str, LinearFigures] = {}
+        self.seconds = dict.fromkeys(("inputs", "hessian", "factorise", "solve", "pack"), 0.0)
+        self._loss: float | None = None
+
+    def calibrate(self, group: Sequence[str], inputs: Iterator[tuple[int, torch.Tensor]], stream: Stream) -> None:
+        """Solve the linears of `group` under the Hessian of their common input."""
+        in_features = self.block.architecture.linear_shape(group[0])[1]
+        label = f"block {self.index}, {', '.join(group)}"
+        self.watch(group[0], self._loss)
+        hessian = Hessian(in_features, stream.device, label)
+        start = time.perf_counter()
+        for batch, x in inputs:
+            middle = time.perf_counter()
+            hessian.add(x, token_weights(stream, batch, self.recipe.scored_share))
+            self.seconds["inputs"] += middle - start
+            start = time.perf_counter()
+            self.seconds["hessian"] += start - middle
+        matrix = hessian.matrix()
+        hessian.finish()
+        factor = factorise(matrix, self.recipe.settings(), label)
+        del matrix
+        self.seconds["factorise"] += time.perf_counter() - start
+        for name in group:
+            self.watch(name, self._loss)
+            start = time.perf_counter()
+            solved = solve(self.block.linears[name].weight(torch.float32), factor, self.recipe.settings())
+            elapsed = time.perf_counter() - start
+            self.seconds["solve"] += elapsed
+            packed = pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, self.recipe.bits)
+            figures = LinearFigures(
+                solved.loss, solved.relative_loss, _decibels(solved.relative_loss), solved.damp, solved.dead_columns,
+                list(solved.notes), elapsed,
+            )
+            self._replace(name, packed, figures)
+
+    def round(self, group: Sequence[str]) -> None:
+        """Quantize the linears of `group` from their weights alone."""
+        for name in group:
+            self.watch(name, self._loss)
+            start = time.perf_counter()
+            weight = self.block.linears[name].weight(self.block.architecture.dtype)
+            packed = self._round(weight)
+            before = weight.float()
+            after = make_linear(packed, self.quantization, tuple(weight.shape)).weight(torch.float32)
+            loss, power = float((after - before).square().mean()), float(before.square().mean())
+            relative = loss / power if power else 0.0
+            elapsed = time.perf_counter() - start
+            self.seconds["solve"] += elapsed
+            self._replace(name, packed, LinearFigures(loss, relative, _decibels(relative), seconds=elapsed))
+
+    def result(self) -> PackedBlock:
+        return PackedBlock(self.tensors, self.linears, self.seconds)
+
+    def _round(self, weight: torch.Tensor) -> Tensors:
+        if self.recipe.method == "nf4":
+            return quantize_nf4(weight)
+        if self.recipe.method == "int8":
+            return quantize_int8(weight)
+        solved = round_to_nearest(weight.float(), self.recipe.settings())
+        return pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, self.recipe.bits)
+
+    def _replace(self, name: str, packed: Tensors, figures: LinearFigures) -> None:
+        bias = {"bias": self.block.linears[name].bias} if name in BIASED_LINEARS else {}
+        shape = self.block.architecture.linear_shape(name)
+        self.block.linears[name] = make_linear(packed | bias, self.quantization, shape)
+        self.tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in (packed | bias).items()}
+        self.linears[name] = figures
+        self._loss = figures.relative_loss
+
+
+def token_weights(stream: Stream, batch: int, scored_share: float) -> torch.Tensor | None:
+    """Weights [T] that give each sequence's scored token `scored_share` of the sequence's weight.
+
+    One token in some hundreds is the scored one; the others matter only through it. A sequence weighs its
+    length in all. None where all tokens weigh alike.
+    """
+    if scored_share <= 0:
+        return None
+    layout = stream.batches[batch]
+    weights = torch.ones(layout.tokens, device=stream.device)
+    for scored, start, end in zip(layout.scored.tolist(), layout.cu_seqlens, layout.cu_seqlens[1:], strict=False):
+        length = end - start
+        if length > 1 and scored_share * length > 1:
+            weights[start:end] = (1 - scored_share) * length / (length - 1)
+            weights[scored] = scored_share * length
+    return weights
+
+
+def _decibels(relative_loss: float) -> float | None:
+    return float(-10 * torch.tensor(relative_loss, dtype=torch.float64).log10()) if relative_loss > 0 else None

@@ -1,0 +1,237 @@
+"""What a quantization will read, write, hold and take, said before anything heavy is done."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture
+from runtime.errors import PlanError
+from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
+
+GIB = 1 << 30
+# Python with torch, tokenizers and the safetensors reader, before any tensor (measured: 0.3 to 0.45 GB).
+INTERPRETER = 480 << 20
+
+
+@dataclass(frozen=True)
+class Load:
+    """The tokens that go through the sweep."""
+
+    calibration_tokens: int
+    parity_tokens: int
+    longest_batch: int
+    estimated: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.calibration_tokens + self.parity_tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Costs of one quantization, in bytes and floating-point operations.
+
+    Attributes:
+        architecture: the model's shapes.
+        quantization: the stored format.
+        load: tokens of calibration and parity rows.
+        calibrated: whether Hessians are accumulated (GPTQ) or weights rounded alone.
+        matmul_bytes: bytes of a matmul input, 2 or 4.
+        prefetch: whether the next block is read while this one is in use.
+        device: `cpu` or a CUDA device.
+    """
+
+    architecture: Architecture
+    quantization: Quantization
+    load: Load
+    calibrated: bool
+    matmul_bytes: int
+    prefetch: bool
+    device: str
+
+    # ---- sizes ------------------------------------------------------------------------------------------
+
+    @property
+    def block_weights(self) -> int:
+        """Weights in the linears of one block."""
+        return sum(self._size(name) for name in BLOCK_LINEARS)
+
+    @property
+    def block_bytes(self) -> int:
+        """One unquantized block as stored."""
+        shapes = self.architecture.block_shapes().values()
+        return sum(torch.Size(shape).numel() for shape in shapes) * self.architecture.dtype.itemsize
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the block linears, scales and zeros included."""
+        return 8 * sum(self._packed_size(name) for name in BLOCK_LINEARS) / self.block_weights
+
+    @property
+    def outer_bytes(self) -> int:
+        """Embedding, final norm and head, which stay as they are."""
+        shapes = self.architecture.outer_shapes().values()
+        return sum(torch.Size(shape).numel() for shape in shapes) * self.architecture.dtype.itemsize
+
+    @property
+    def disk_read(self) -> int:
+        """The checkpoint, once."""
+        return self.block_bytes * self.architecture.num_hidden_layers + self.outer_bytes
+
+    @property
+    def disk_written(self) -> int:
+        """The packed checkpoint."""
+        small = len(BLOCK_NORMS) * self.architecture.hidden_size * 2
+        packed = sum(self._packed_size(name) for name in BLOCK_LINEARS) + small
+        return packed * self.architecture.num_hidden_layers + self.outer_bytes
+
+    @property
+    def stream_bytes(self) -> int:
+        """Both buffers of the reference and the quantized stream (fp32) and of the bf16 noise floor."""
+        hidden = self.architecture.hidden_size
+        return 2 * hidden * (2 * 4 * self.load.tokens + 2 * self.load.parity_tokens)
+
+    # ---- memory -----------------------------------------------------------------------------------------
+
+    @property
+    def working_bytes(self) -> int:
+        """The most that one block needs where it is computed: weights, activations, Hessian and solve."""
+        matmul_cast = self._largest * self.matmul_bytes if self.matmul_bytes != 2 else 0
+        weights = self.block_bytes + self._packed_block + matmul_cast
+        solving = self.block_bytes + self._packed_block + self._solve_bytes
+        return max(weights + self._activation_bytes + self._hessian_bytes // 2, solving + self._hessian_bytes)
+
+    @property
+    def host_peak(self) -> int:
+        """Peak resident memory of the process, the streams' mapped pages included."""
+        embedding = self.architecture.vocab_size * self.architecture.hidden_size * self.architecture.dtype.itemsize
+        ahead = self.block_bytes if self.prefetch else 0
+        block = ahead + (self.working_bytes if self.device == "cpu" else self.block_bytes + self._packed_block)
+        return INTERPRETER + self.stream_bytes + max(2 * embedding, block)
+
+    @property
+    def gpu_peak(self) -> int:
+        """Peak memory on the GPU, 0 without one."""
+        return 0 if self.device == "cpu" else self.working_bytes
+
+    @property
+    def _largest(self) -> int:
+        return max(self._size(name) for name in BLOCK_LINEARS)
+
+    @property
+    def _packed_block(self) -> int:
+        return sum(self._packed_size(name) for name in BLOCK_LINEARS)
+
+    @property
+    def _hessian_bytes(self) -> int:
+        """The widest Hessian and its factor, fp32."""
+        return 2 * 4 * max(self._inputs) ** 2 if self.calibrated else 0
+
+    @property
+    def _solve_bytes(self) -> int:
+        """Weight, error and dequantized weight in fp32, and codes, of the largest linear."""
+        return self._largest * (4 * 4 + 1)
+
+    @property
+    def _activation_bytes(self) -> int:
+        """Temporaries of the widest step, the MLP: gate, up and their product."""
+        hidden, inner = self.architecture.hidden_size, self.architecture.intermediate_size
+        return self.load.longest_batch * 4 * (4 * inner + 6 * hidden)
+
+    # ---- work -------------------------------------------------------------------------------------------
+
+    def work(self) -> dict[str, float]:
+        """Floating-point operations of one block, by stage."""
+        forward = 2.0 * self.block_weights
+        stages = {"reference stream": forward * self.load.tokens, "quantized stream": forward * self.load.tokens}
+        if not self.calibrated:
+            return stages
+        attention = 2.0 * sum(self._size(name) for name in BLOCK_LINEARS[:3])
+        mlp = 2.0 * sum(self._size(name) for name in BLOCK_LINEARS[4:6])
+        stages["calibration stops"] = (attention + mlp) * self.load.calibration_tokens
+        stages["Hessians"] = sum(2.0 * k**2 for k in self._inputs) * self.load.calibration_tokens
+        stages["factorisation"] = sum(k**3 / 3.0 for k in self._inputs)
+        stages["solve"] = sum(self._size(name) * self.architecture.linear_shape(name)[1] for name in BLOCK_LINEARS)
+        return stages
+
+    @property
+    def _inputs(self) -> list[int]:
+        """Input width of each group of linears that share a Hessian."""
+        return [self.architecture.linear_shape(group[0])[1] for group in BLOCK_LINEAR_GROUPS]
+
+    def _size(self, name: str) -> int:
+        out_features, in_features = self.architecture.linear_shape(name)
+        return out_features * in_features
+
+    def _packed_size(self, name: str) -> int:
+        tensors = self.quantization.linear_tensors(*self.architecture.linear_shape(name), bias=False)
+        return sum(
+            dtype.itemsize * torch.Size(shape).numel()
+            for dtype, shape in tensors.values()
+            if dtype is not None and shape is not None
+        )
+
+
+def matmul_rate(dtype: torch.dtype, device: str, seconds: float = 0.2) -> float:
+    """Floating-point operations a second of this machine's matrix product, measured now."""
+    size = 1024 if device == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    a @ a
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        b = a @ a
+        b[0, 0].item()
+        done += 1
+    return 2.0 * size**3 * done / (time.perf_counter() - start)
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """Raise PlanError when the disk under `output` has no room for the checkpoint and the streams."""
+    place = output
+    while not place.exists():
+        place = place.parent
+    wanted, free = plan.disk_written + plan.stream_bytes, shutil.disk_usage(place).free
+    if wanted > free:
+        raise PlanError(
+            f"{place} has {free / GIB:.1f} GiB free, but {wanted / GIB:.1f} GiB will be written; free some, choose "
+            "an --output on another disk, or take fewer --rows and --parity-pairs."
+        )
+
+
+def fit_memory(plan: Plan, budget: int | None) -> Plan:
+    """The plan, without prefetch if that is what it takes to stay within `budget` bytes of host memory.
+
+    Raises:
+        PlanError: it does not fit even so; the message says what would.
+    """
+    limit = psutil.virtual_memory().available if budget is None else budget
+    for prefetch in (True, False):
+        candidate = Plan(**{**vars(plan), "prefetch": prefetch})
+        if candidate.host_peak <= limit:
+            break
+    else:
+        without = candidate.host_peak - candidate.stream_bytes
+        tokens = int((limit - without) / max(1, candidate.stream_bytes) * plan.load.tokens)
+        remedy = (
+            f"take fewer --rows and --parity-pairs (about {tokens:,} tokens would fit)"
+            if tokens > 0
+            else f"one block alone needs {without / GIB:.1f} GiB: use a machine with more memory"
+        )
+        raise PlanError(
+            f"the peak would be {candidate.host_peak / GIB:.1f} GiB of memory, with {limit / GIB:.1f} GiB "
+            f"{'allowed by --ram-budget' if budget else 'available'}; {remedy}."
+        )
+    if plan.device != "cpu":
+        free = torch.cuda.mem_get_info(plan.device)[0]
+        if candidate.gpu_peak > free:
+            raise PlanError(
+                f"{plan.device} has {free / GIB:.1f} GiB free and one block needs {candidate.gpu_peak / GIB:.1f} GiB; "
+                "use --device cpu, or a GPU with more memory."
+            )
+    return candidate

@@ -1,0 +1,83 @@
+"""Everything that decides the bytes of a quantized checkpoint, and so may not change on resuming."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from quantize.settings import GPTQSettings
+from runtime.errors import JobError
+from runtime.quantization import Quantization
+
+METHODS = ("gptq", "nf4", "int8", "rtn")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The arguments and inputs of one quantization.
+
+    Attributes:
+        model: fingerprint of the 16-bit checkpoint.
+        conversations: fingerprint of the rendered calibration and parity rows.
+        method: `gptq`, `nf4`, `int8` (bitsandbytes LLM.int8) or `rtn` (round to nearest, the baseline).
+        scored_share: share of a row's Hessian weight that its scored token carries; 0 weighs all alike.
+        token_budget: tokens a batch; it decides the order of sums.
+        dtype: matmul inputs, `float32` or `bfloat16`.
+    """
+
+    model: str
+    conversations: str
+    method: str
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    damp_percent: float
+    static_groups: bool
+    activation_order: bool
+    importance_scales: bool
+    scored_share: float
+    token_budget: int
+    dtype: str
+    device: str
+    repair: bool
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at activations."""
+        return self.method == "gptq"
+
+    def settings(self) -> GPTQSettings:
+        """The solver's part."""
+        names = {field.name for field in fields(GPTQSettings)}
+        return GPTQSettings(**{name: value for name, value in asdict(self).items() if name in names})
+
+    def quantization(self) -> Quantization:
+        """The stored format's part. Round-to-nearest is stored as GPTQ is."""
+        if self.method in ("nf4", "int8"):
+            return Quantization(method=self.method, bits=self.bits)  # type: ignore[arg-type]
+        return Quantization(
+            method="gptq",
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            desc_act=self.desc_act,
+            damp_percent=self.damp_percent,
+        )
+
+    def refuse_changes(self, recorded: dict[str, Any], where: str) -> None:
+        """Compare with the recipe that a job was started with.
+
+        Raises:
+            JobError: naming each argument that differs, with both values.
+        """
+        changes = [
+            f"{name} was {recorded.get(name)!r} and is now {value!r}"
+            for name, value in asdict(self).items()
+            if recorded.get(name) != value
+        ]
+        if changes:
+            raise JobError(
+                f"{where} was started with other arguments: {'; '.join(changes)}. Resume with the first ones, "
+                "or start afresh in another --output."
+            )
