@@ -145,7 +145,10 @@ def _name(source: str | Path) -> str:
 
 def _read_config(path: Path) -> tuple[dict[str, Any], Architecture, Quantization | None]:
     config = _read_json(path)
-    architecture = Architecture.from_config(config, str(path))
+    try:
+        architecture = Architecture.from_config(config, str(path))
+    except (TypeError, ValueError, AttributeError) as error:  # text for a number, a list for an object
+        raise CheckpointError(f"{path} has a value of the wrong kind ({error}); fetch it again.") from error
     described = config.get("quantization_config")
     if described is None:
         return config, architecture, None

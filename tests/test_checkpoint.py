@@ -165,6 +165,8 @@ def test_missing_and_unexpected_tensors_are_listed_apart(damaged):
         ({"torch_dtype": "float16"}, "embed_tokens.weight is bfloat16 [320, 64], expected float16 [320, 64]"),
         ({"num_hidden_layers": 3}, "num_hidden_layers 3, but the weights hold 2 blocks"),
         ({"num_hidden_layers": 10**12}, "but the weights hold 2 blocks"),
+        ({"rms_norm_eps": "small"}, "value of the wrong kind"),
+        ({"rope_scaling": [1]}, "value of the wrong kind"),
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"quantization_config": "gptq"}, "quantization_config is 'gptq'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'"),
