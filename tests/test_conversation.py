@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime.conversation import (
@@ -177,6 +177,7 @@ ALMOST_ROWS = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(JSON_VALUES | ALMOST_ROWS)
 @example({"prompt": "Q", "chosen": "x", "rejected": "y", "category": "\ud800"})
 def test_whatever_a_row_holds_the_result_is_a_conversation_or_a_conversation_error(row):

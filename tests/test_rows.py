@@ -6,7 +6,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import ConversationError
@@ -139,6 +139,7 @@ def test_an_empty_file_has_no_rows(tmp_path, name):
     assert list(read_rows(write(tmp_path / name, b"\n \n"))) == []
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60) | st.sampled_from([LINES[:50], b"[{}", b'{"prompt": [""]', b"[1,2]"]))
 def test_whatever_the_bytes_only_conversation_errors_come_out(tmp_path_factory, content):
     directory = tmp_path_factory.mktemp("bytes")

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.conversations import Conversation, Rows, load_rows
@@ -210,6 +210,7 @@ def fitting(unit: PreferencePair | Conversation) -> int:
 UNITS = st.tuples(st.integers(0, 15), st.integers(0, 3), st.booleans(), st.integers(0, 120))
 
 
+@settings(deadline=None)
 @given(st.lists(UNITS, max_size=40), st.integers(1, 20), st.none() | st.integers(0, 6), st.integers(0, 3))
 def test_a_sample_is_exact_disjoint_and_within_limits_or_refused(units, rows_wanted, parity_pairs, seed):
     pairs, singles = [], []
