@@ -21,8 +21,8 @@ from torch.nn import functional
 from runtime.errors import CheckpointError
 from runtime.quantization import NF4_BLOCKSIZE, NF4_NESTED_BLOCKSIZE, NF4_STATE, whole_words
 
-# One in every code of a word. Format v1 stores zero - 1; the difference is taken on the whole word, as GPTQModel
-# does, so that a zero of 0 in its files (a borrow from the next code) is read back right.
+# One in every code of a word. Format v1 stores zero - 1; the difference is taken on the whole word, as
+# GPTQModel does, so that a zero of 0 in its files (a borrow from the next code) is read back right.
 _ONES = {4: 0x11111111, 8: 0x01010101}
 _INVERSE_127 = 7.874015718698502e-3  # bitsandbytes multiplies by this float rather than divide by 127
 
@@ -76,7 +76,7 @@ def dequantize_gptq(
     dtype: torch.dtype = torch.float32,
     checkpoint_format: str = "gptq",
 ) -> Tensor:
-    """Weight [N, K], computed in fp32 (exactly: code - zero and an fp16 scale fit) and rounded once to `dtype`."""
+    """Weight [N, K], exact in fp32 (9 bits of code - zero times an 11-bit scale), rounded once to `dtype`."""
     codes, zeros = unpack_gptq(tensors, bits, checkpoint_format)
     g_idx = tensors["g_idx"]
     weight = codes.t().to(torch.float32)  # [N, K], and contiguous: unpacking works along K
@@ -109,7 +109,7 @@ def nf4_state(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str
 
 
 def nf4_absmax(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-    """fp32 [ceil(N*K / 64)]: the largest magnitude of each block, undoing double quantization where there is one.
+    """fp32 [ceil(N*K / 64)]: the largest magnitude of each block, double quantization undone.
 
     Raises:
         CheckpointError: as `nf4_state`.
@@ -126,7 +126,7 @@ def nf4_absmax(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
 def dequantize_nf4(
     tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Weight [N, K] = `shape`: each value's entry in the NF4 table times its block's absmax, rounded to `dtype`.
+    """Weight [N, K] = `shape`: each code's table value times its block's absmax, rounded to `dtype`.
 
     Raises:
         CheckpointError: as `nf4_state`.

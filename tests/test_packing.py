@@ -110,7 +110,7 @@ def test_lower_precision_is_rounded_once():
 
 
 def test_a_borrow_in_stored_zeros_is_undone():
-    """GPTQModel turns v2 into v1 by subtracting on the whole word, so a zero of 0 borrows from its neighbour."""
+    """GPTQModel subtracts on the whole word to get v1, so a zero of 0 borrows from its neighbour."""
     codes, _, scales, g_idx = random_gptq(16, 8, 4, 16)
     tensors = pack_gptq(codes, torch.full((1, 8), 8, dtype=torch.uint8), scales, g_idx, 4)
     true_zeros = 0x76543210
