@@ -20,7 +20,7 @@ from quantize.int8 import quantize_int8
 from quantize.nf4 import quantize_nf4
 from quantize.recipe import Recipe
 from quantize.rounding import round_to_nearest
-from runtime.architecture import BIASED_LINEARS, BLOCK_NORMS
+from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS
 from runtime.linear import Tensors, make_linear
 from runtime.packing import pack_gptq
 from runtime.quantization import BLOCK_LINEAR_GROUPS
@@ -81,8 +81,8 @@ def quantize_block(
     """
     packer = _Packer(block, recipe, index, watch)
     if not recipe.calibrated:
-        for group in BLOCK_LINEAR_GROUPS:
-            packer.round(group)
+        for name in BLOCK_LINEARS:
+            packer.round(name)
         stream.advance(block, index)
         return packer.result()
     for group, inputs in zip(BLOCK_LINEAR_GROUPS, _stops(block, stream, calibration), strict=True):
@@ -167,20 +167,19 @@ class _Packer:
             )
             self._replace(name, packed, figures)
 
-    def round(self, group: Sequence[str]) -> None:
-        """Quantize the linears of `group` from their weights alone."""
-        for name in group:
-            self.watch(name, self._loss)
-            start = time.perf_counter()
-            weight = self.block.linears[name].weight(self.block.architecture.dtype)
-            packed = self._round(weight)
-            before = weight.float()
-            after = make_linear(packed, self.quantization, tuple(weight.shape)).weight(torch.float32)
-            loss, power = float((after - before).square().mean()), float(before.square().mean())
-            relative = loss / power if power else 0.0
-            elapsed = time.perf_counter() - start
-            self.seconds["solve"] += elapsed
-            self._replace(name, packed, LinearFigures(loss, relative, _decibels(relative), seconds=elapsed))
+    def round(self, name: str) -> None:
+        """Quantize a linear from its weight alone."""
+        self.watch(name, self._loss)
+        start = time.perf_counter()
+        weight = self.block.linears[name].weight(self.block.architecture.dtype)
+        packed = self._round(weight)
+        before = weight.float()
+        after = make_linear(packed, self.quantization, self.block.architecture.linear_shape(name))
+        loss, power = float((after.weight(torch.float32) - before).square().mean()), float(before.square().mean())
+        relative = loss / power if power else 0.0
+        elapsed = time.perf_counter() - start
+        self.seconds["solve"] += elapsed
+        self._replace(name, packed, LinearFigures(loss, relative, _decibels(relative), seconds=elapsed))
 
     def result(self) -> PackedBlock:
         return PackedBlock(self.tensors, self.linears, self.seconds)
@@ -194,7 +193,7 @@ class _Packer:
         return pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, self.recipe.bits)
 
     def _replace(self, name: str, packed: Tensors, figures: LinearFigures) -> None:
-        bias = {"bias": self.block.linears[name].bias} if name in BIASED_LINEARS else {}
+        bias = {} if (given := self.block.linears[name].bias) is None else {"bias": given}
         shape = self.block.architecture.linear_shape(name)
         self.block.linears[name] = make_linear(packed | bias, self.quantization, shape)
         self.tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in (packed | bias).items()}

@@ -51,16 +51,13 @@ def conclude(streams: Streams, head: ScoreHead, sample: Sample, recipe: Recipe) 
     evidence = Evidence(reference_features[rows], quantized_features[rows], reference[rows], _groups(sample))
     repair = fit_repair(head, evidence)
     repaired = repair.head.score(quantized_features)
-    return Outcome(reference, repaired, quantized if repair.kind != "none" else None, floor, repair)
+    return Outcome(reference, repaired, quantized if repair.changed else None, floor, repair)
 
 
 def parity_pairs(outcome: Outcome, sample: Sample) -> list[PairScores]:
     """The parity pairs with all their scores."""
     first = len(sample.calibration)
-
-    def scores(values: torch.Tensor | None, place: int) -> tuple[float, float] | None:
-        return None if values is None else (float(values[place]), float(values[place + 1]))
-
+    unrepaired = outcome.unrepaired
     pairs = []
     for number, (pair, _, _) in enumerate(sample.parity):
         row = first + 2 * number
@@ -71,13 +68,17 @@ def parity_pairs(outcome: Outcome, sample: Sample) -> list[PairScores]:
                 prompt=pair.prompt,
                 chosen=pair.chosen,
                 rejected=pair.rejected,
-                reference=scores(outcome.reference, row),
-                quantized=scores(outcome.quantized, row),
-                unrepaired=scores(outcome.unrepaired, row),
-                noise_floor=scores(outcome.noise_floor, 2 * number),
+                reference=_two(outcome.reference, row),
+                quantized=_two(outcome.quantized, row),
+                unrepaired=None if unrepaired is None else _two(unrepaired, row),
+                noise_floor=_two(outcome.noise_floor, 2 * number),
             )
         )
     return pairs
+
+
+def _two(scores: torch.Tensor, row: int) -> tuple[float, float]:
+    return float(scores[row]), float(scores[row + 1])
 
 
 def _groups(sample: Sample) -> list[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -60,7 +61,12 @@ class Repair:
     rows: int
     head: ScoreHead
 
-    def figures(self) -> dict[str, object]:
+    @property
+    def changed(self) -> bool:
+        """Whether `head` is another one than was given."""
+        return self.kind != "none"
+
+    def figures(self) -> dict[str, Any]:
         """What the report says of it."""
         return {"kind": self.kind, "rows": self.rows, "folds": FOLDS, "cross_validated_rms_shift": self.errors}
 

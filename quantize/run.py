@@ -121,8 +121,8 @@ def sweep_and_conclude(job: Job, inputs: Inputs, writer: Writer, console: Consol
 
 def write_rest(job: Job, inputs: Inputs, writer: Writer, outcome: Outcome, report: ParityReport | None) -> None:
     """Head, index, configuration, tokenizer, reference scores, reports and card; then read it all back."""
-    repaired = outcome.repair is not None and outcome.repair.kind != "none"
-    job.record_shard(*writer.write_head(head_tensors(outcome.repair.head) if repaired else None))
+    repair = outcome.repair
+    job.record_shard(*writer.write_head(head_tensors(repair.head) if repair and repair.changed else None))
     writer.write_index(job.shards)
     writer.write_config()
     writer.copy_tokenizer()

@@ -14,6 +14,7 @@ from runtime.architecture import HEAD_TENSORS
 from runtime.checkpoint import Checkpoint
 from runtime.files import sha256_of, whole_file, write_whole
 from runtime.quantization import Quantization
+from runtime.shard import open_shard
 
 
 class Writer:
@@ -52,9 +53,9 @@ class Writer:
         weight_map: dict[str, str] = {}
         total = 0
         for shard in sorted(shards):
-            header = _read_header(self.output / shard)
-            weight_map.update(dict.fromkeys(header, shard))
-            total += sum(end - start for start, end in (entry["data_offsets"] for entry in header.values()))
+            tensors = open_shard(self.output / shard).tensors
+            weight_map.update(dict.fromkeys(tensors, shard))
+            total += sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_whole(self.output / "model.safetensors.index.json", _json(index))
 
@@ -76,9 +77,3 @@ class Writer:
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
-
-def _read_header(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header

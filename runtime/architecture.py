@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ class Architecture:
         return cls(
             **counts,
             head_dim=head_dim,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
             rope_theta=_rope_theta(config, where),
             dtype=_dtype(config, where),
         )
@@ -126,6 +127,12 @@ def _positive(config: dict[str, Any], key: str, where: str) -> int:
     return value
 
 
+def _number(value: object, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise CheckpointError(f"{where}: {key} is {value!r}; a positive number was expected.")
+    return float(value)
+
+
 def _refuse_foreign(config: dict[str, Any], where: str) -> None:
     if config.get("model_type") != "qwen2":
         raise CheckpointError(
@@ -140,13 +147,12 @@ def _refuse_foreign(config: dict[str, Any], where: str) -> None:
 
 def _rope_theta(config: dict[str, Any], where: str) -> float:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{where}: rope_parameters is {rope!r}; an object was expected.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise CheckpointError(f"{where}: rope type is {kind!r}; only plain rotary embeddings are supported.")
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    if not isinstance(theta, (int, float)) or theta <= 0:
-        raise CheckpointError(f"{where}: rope_theta is {theta!r}; a positive number was expected.")
-    return float(theta)
+    return _number(rope.get("rope_theta", config.get("rope_theta")), "rope_theta", where)
 
 
 def _dtype(config: dict[str, Any], where: str) -> torch.dtype:

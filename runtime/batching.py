@@ -54,7 +54,9 @@ def pack(rendered: Sequence[Rendered], token_budget: int, first_row: int = 0) ->
     A conversation longer than the budget gets a batch of its own; none is cut. Rows are numbered from
     `first_row`.
     """
-    batches, members, filled = [], [], 0
+    batches: list[PackedBatch] = []
+    members: list[int] = []
+    filled = 0
     for row, conversation in enumerate(rendered):
         length = len(conversation.token_ids)
         if members and filled + length > token_budget:

@@ -15,7 +15,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Linear(Protocol):
-    """`y = x W^T + b` with W [out, in]."""
+    """`y = x W^T + b` with W [out, in] and b [out] or None."""
+
+    @property
+    def bias(self) -> torch.Tensor | None: ...
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """W [out, in] in `dtype`."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from runtime.architecture import HEAD_TENSORS
 from runtime.batching import PackedBatch
 from runtime.checkpoint import Checkpoint
 from runtime.errors import JobError, NonFiniteError
@@ -164,5 +165,5 @@ def read_blocks(checkpoint: Checkpoint, start: int = 0, *, prefetch: bool = True
 
 def read_head(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> ScoreHead:
     """The final norm and the score head."""
-    names = ("model.norm.weight", "score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")
-    return ScoreHead(*(checkpoint.read(name).to(device) for name in names), eps=checkpoint.architecture.rms_norm_eps)
+    norm, *score = (checkpoint.read(name).to(device) for name in ("model.norm.weight", *HEAD_TENSORS))
+    return ScoreHead(norm, score[0], score[1], score[2], score[3], checkpoint.architecture.rms_norm_eps)
