@@ -43,13 +43,18 @@ class Scorer:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: str = "cpu", dtype: str = "float32", token_budget: int = TOKEN_BUDGET
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "cpu",
+        numerics: Numerics = FLOAT32,
+        token_budget: int = TOKEN_BUDGET,
     ):
-        """`dtype` is that of matmul inputs; `token_budget` the tokens computed at once."""
+        """`token_budget` is the tokens computed at once."""
         self.checkpoint = checkpoint
         self.device = device
         self.token_budget = token_budget
-        self.numerics: Numerics = _numerics(dtype)
+        self.numerics = numerics
         architecture = checkpoint.architecture
         self.renderer = Renderer.from_directory(checkpoint.directory, architecture.max_position_embeddings)
         rotary = Rotary(architecture, architecture.max_position_embeddings, device)
@@ -80,7 +85,7 @@ class Scorer:
             device = "cuda:0" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
-        return cls(open_checkpoint(source), device=device, dtype=dtype, token_budget=token_budget)
+        return cls(open_checkpoint(source), device=device, numerics=_numerics(dtype), token_budget=token_budget)
 
     def score(self, conversations: Sequence[Sequence[Message]], *, truncate: bool = False) -> torch.Tensor:
         """Scores fp32 [n] of conversations that end in the response to be judged.

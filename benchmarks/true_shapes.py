@@ -1,0 +1,167 @@
+"""Quantize a few blocks of the 72B's true shapes on this machine, and project the rest.
+
+Writes a checkpoint of random weights with outlier channels (hidden 8192, intermediate 29568, 64/8 heads,
+vocabulary of the demo's tokenizer), quantizes it with the ordinary command in a process of its own, and
+prints a table and one JSON line: peak memory against the plan's formula, seconds by stage, and what 80 blocks
+would take on an H100, with the assumptions written out.
+
+    python benchmarks/true_shapes.py --work /tmp/true-shapes                 about 20 GB of disk, 14 GB of memory
+    python benchmarks/true_shapes.py --work /tmp/toy --divide 32             the same with shapes a 32nd as wide
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from quantize.plan import GIB, Load, Plan  # noqa: E402
+from runtime.architecture import Architecture, block_prefix  # noqa: E402
+from runtime.checkpoint import open_checkpoint  # noqa: E402
+from runtime.quantization import Quantization  # noqa: E402
+
+# Sustained rates assumed of an H100 (dense, not the data sheet's peak), in operations a second. Stages are
+# as `Plan.work` names them.
+H100 = {
+    "reference stream": 550e12,  # bf16 products
+    "quantized stream": 520e12,  # the same, weights dequantized once a batch
+    "calibration stops": 520e12,
+    "Hessians": 450e12,  # bf16 products with fp32 sums; the symmetric half is computed, 9/16 of the count
+    "factorisation": 25e12,  # fp32, blocked
+    "solve": 25e12,  # fp32 products between blocks of columns
+}
+COLUMN_STEP = 40e-6  # seconds: a few kernel launches for each column of each linear
+PCIE = 25e9  # bytes a second from host memory
+
+
+def main() -> int:
+    arguments = parse()
+    model, output = arguments.work / "model", arguments.work / "quantized"
+    if not (model / "config.json").exists():
+        write_checkpoint(model, arguments.layers, arguments.divide, arguments.seed)
+    shutil.rmtree(output, ignore_errors=True)
+    command = [
+        sys.executable, str(ROOT / "quantize" / "run.py"), "--model", str(model), "--output", str(output), "--json",
+        "--dtype", "bfloat16", "--rows", str(arguments.rows), "--parity-pairs", str(arguments.parity_pairs),
+        "--max-tokens", str(arguments.max_tokens), *arguments.extra,
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    sys.stderr.write(run.stderr)
+    if run.returncode:
+        return run.returncode
+    result = measure(output, json.loads(run.stdout.splitlines()[-1]), run.stderr)
+    for name, value in result.items():
+        print(f"{name:<24} {value}", file=sys.stderr)
+    print(json.dumps(result))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="directory for the checkpoint and its variant")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--divide", type=int, default=1, help="divide every width by this, for a quick look")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--parity-pairs", type=int, default=4)
+    parser.add_argument("--max-tokens", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("extra", nargs="*", help="further arguments of quantize/run.py, after --")
+    return parser.parse_args()
+
+
+def write_checkpoint(directory: Path, layers: int, divide: int, seed: int) -> None:
+    """Random weights scaled as trained ones are, with a few input channels whose activations stand out."""
+    directory.mkdir(parents=True)
+    demo = open_checkpoint("demo")
+    for file in demo.tokenizer_files():
+        shutil.copyfile(file, directory / file.name)
+    config = {
+        "architectures": ["Qwen2ForRewardModel"], "model_type": "qwen2", "hidden_act": "silu",
+        "hidden_size": 8192 // divide, "intermediate_size": 29568 // divide, "num_hidden_layers": layers,
+        "num_attention_heads": 64 // min(divide, 8), "num_key_value_heads": 8 // min(divide, 8),
+        "vocab_size": demo.architecture.vocab_size, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "tie_word_embeddings": False, "use_sliding_window": False, "dtype": "bfloat16",
+    }
+    architecture = Architecture.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    outliers = torch.randperm(architecture.hidden_size, generator=generator)[: max(4, architecture.hidden_size // 500)]
+    weight_map: dict[str, str] = {}
+
+    def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        tensors = {name: random_tensor(name, shape, outliers, generator) for name, shape in shapes.items()}
+        save_file(tensors, directory / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    for index in range(layers):
+        shapes = {block_prefix(index) + name: shape for name, shape in architecture.block_shapes().items()}
+        save(f"block-{index}.safetensors", shapes)
+    save("outer.safetensors", architecture.outer_shapes())
+    index_file = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index_file))
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def random_tensor(
+    name: str, shape: tuple[int, ...], outliers: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Norms near 1 but 20 in the outlier channels, biases of 0.1, weights of standard deviation 1 / sqrt(in)."""
+    values = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
+    if "norm" in name:
+        values = 1 + 0.1 * values
+        values[outliers] = 20
+    elif name.endswith("bias"):
+        values *= 0.1
+    elif name != "model.embed_tokens.weight":
+        values *= shape[1] ** -0.5
+    return values
+
+
+def measure(output: Path, result: dict, log: str) -> dict:
+    """Figures of the run: memory, seconds by stage of the slower block, the projection."""
+    blocks = [json.loads(line) for line in (output / "job" / "blocks.jsonl").read_text().splitlines()]
+    slowest = max(blocks, key=lambda block: block["seconds"]["all"])
+    planned = re.search(r"peak memory\W+([\d.]+) (GiB|MiB)", log)
+    assert planned is not None, log
+    unit = GIB if planned[2] == "GiB" else 1 << 20
+    losses = {name: round(figures["relative_loss"], 6) for name, figures in slowest["linears"].items()}
+    return {
+        "seconds": result["seconds"],
+        "peak_gib": round(result["peak_memory"] / GIB, 2),
+        "plan_peak_gib": round(float(planned[1]) * unit / GIB, 2),
+        "block_seconds": {name: round(value, 1) for name, value in slowest["seconds"].items()},
+        "relative_losses": losses,
+        "projection": project(),
+    }
+
+
+def project(tokens: int = 262_144, blocks: int = 80) -> dict:
+    """80 blocks on an H100 with 262,144 calibration tokens, by the plan's own operation counts."""
+    architecture = Architecture(8192, 29568, blocks, 64, 8, 128, 152064, 32768, 1e-6, 1e6, torch.bfloat16)
+    plan = Plan(
+        architecture, Quantization("gptq", 4, 128), Load(tokens, 0, 16384), calibrated=True, matmul_bytes=2,
+        prefetch=True, device="cuda:0",
+    )
+    stages = {name: work / H100[name] for name, work in plan.work().items()}
+    stages["Hessians"] *= 9 / 16
+    stages["columns"] = COLUMN_STEP * (6 * 8192 + 29568)
+    stages["transfers"] = (plan.block_bytes + 12 * 4 * tokens * 8192) / PCIE
+    return {
+        "assumptions": {"rates": H100, "column_step_s": COLUMN_STEP, "pcie_bytes_s": PCIE, "tokens": tokens},
+        "block_seconds": {name: round(seconds, 2) for name, seconds in stages.items()},
+        "all_minutes": round(sum(stages.values()) * blocks / 60, 1),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

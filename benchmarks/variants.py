@@ -1,0 +1,178 @@
+"""Quantize a model in many ways and hold each against the unquantized one on held-out preference pairs.
+
+    python benchmarks/variants.py --pairs pairs.jsonl.gz --count 500 --work /tmp/variants --json result.json
+
+Each variant is made by the ordinary command from the same calibration rows; then every variant scores the same
+pairs, none of which was calibrated on, and its figures stand in one table, with 95 % bootstrap intervals in
+the JSON. `plain bf16` is the unquantized model as transformers computes it in bfloat16. `--only NAME ...` picks
+variants, `--dtype bfloat16` trades exactness for speed. Finished variants and scores are kept in --work and
+reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from calibration.conversations import load_rows  # noqa: E402
+from quantize.run import main as quantize  # noqa: E402
+from runtime.chat import Rendered, Renderer  # noqa: E402
+from runtime.checkpoint import open_checkpoint  # noqa: E402
+from runtime.errors import ConversationError  # noqa: E402
+from runtime.figures import Figures, measure_figures  # noqa: E402
+from runtime.qwen2 import PLAIN_BFLOAT16  # noqa: E402
+from runtime.scorer import NUMERICS, Scorer  # noqa: E402
+from runtime.sweep import read_head  # noqa: E402
+
+VARIANTS = {
+    "gptq-8": ["--bits", "8"],
+    "gptq-4": ["--bits", "4"],
+    "nf4": ["--method", "nf4"],
+    "int8": ["--method", "int8"],
+    "rtn-4": ["--method", "rtn"],
+    "gptq-4, columns in order": ["--no-activation-order"],
+    "gptq-4, scales when a group is entered": ["--no-activation-order", "--no-static-groups"],
+    "gptq-4, min-max scales": ["--no-importance-scales"],
+    "gptq-4, plain (all three off)": ["--no-activation-order", "--no-static-groups", "--no-importance-scales"],
+    "gptq-4, desc_act": ["--desc-act", "--no-static-groups"],
+    "gptq-4, asymmetric": ["--asymmetric"],
+    "gptq-4, all tokens alike": ["--scored-share", "0"],
+    "gptq-4, scored share 1/8": ["--scored-share", "0.125"],
+    "gptq-4, scored share 1/2": ["--scored-share", "0.5"],
+    "gptq-4, damp 0.001": ["--damp-percent", "0.001"],
+    "gptq-4, damp 0.05": ["--damp-percent", "0.05"],
+    "gptq-4, 128 rows": ["--rows", "128"],
+}
+
+
+def main() -> int:
+    arguments = parse()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    pairs = draw_pairs(arguments)
+    tokens = sum(len(row.token_ids) for row in pairs)
+    print(f"{len(pairs) // 2} pairs, {tokens:,} tokens", file=sys.stderr)
+    reference = score(arguments, "reference", arguments.model, pairs)["repaired"]
+    rows = {"plain bf16": (measure_figures(reference, score(arguments, "floor", arguments.model, pairs)["repaired"]), None)}
+    seconds = {}
+    for name in arguments.only or VARIANTS:
+        directory, seconds[name] = make(arguments, name)
+        scores = score(arguments, name, str(directory), pairs)
+        rows[name] = (measure_figures(reference, scores["repaired"]), measure_figures(reference, scores["original"]))
+        print_table({name: rows[name]})
+    print_table(rows)
+    result = {
+        "model": arguments.model, "pairs": len(pairs) // 2, "tokens": tokens, "dtype": arguments.dtype,
+        "variants": {
+            name: {
+                "arguments": VARIANTS.get(name, []), "quantize_seconds": seconds.get(name),
+                "repaired": repaired.model_dump(), "original_head": original.model_dump() if original else None,
+            }
+            for name, (repaired, original) in rows.items()
+        },
+    }
+    print(json.dumps(result) if arguments.json is None else arguments.json.write_text(json.dumps(result, indent=1)))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", required=True, help="preference pairs to compare on, TRL's formats")
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--max-tokens", type=int, default=256, help="leave out longer conversations")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=[*VARIANTS], metavar="NAME")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def draw_pairs(arguments: argparse.Namespace) -> list[Rendered]:
+    """Chosen and rejected in turn, of one pair a prompt, so that intervals do not count a prompt twice."""
+    checkpoint = open_checkpoint(arguments.model)
+    renderer = Renderer.from_directory(checkpoint.directory, arguments.max_tokens)
+    by_prompt: dict[str, list] = {}
+    for pair in load_rows(arguments.pairs).pairs:
+        by_prompt.setdefault(repr(pair.prompt), []).append(pair)
+    generator = random.Random(arguments.seed)
+    prompts = sorted(by_prompt)
+    generator.shuffle(prompts)
+    drawn: list[Rendered] = []
+    for spare in range(max(map(len, by_prompt.values()))):  # a second pair of a prompt only when prompts run out
+        for prompt in prompts:
+            if len(drawn) >= 2 * arguments.count:
+                return drawn
+            if spare < len(by_prompt[prompt]):
+                pair = by_prompt[prompt][spare]
+                try:
+                    drawn += [renderer.render(each) for each in (pair.chosen_conversation, pair.rejected_conversation)]
+                except ConversationError:
+                    del drawn[len(drawn) // 2 * 2 :]
+    return drawn
+
+
+def make(arguments: argparse.Namespace, name: str) -> tuple[Path, float]:
+    """Quantize, unless an earlier run did."""
+    directory = arguments.work / slug(name)
+    start = time.perf_counter()
+    if not (directory / "parity.json").exists():
+        command = ["--model", arguments.model, "--output", str(directory), "--parity-pairs", "2", "--resume"]
+        command += ["--dtype", arguments.dtype, *VARIANTS[name]]
+        assert quantize(command) == 0, name
+    return directory, round(time.perf_counter() - start, 1)
+
+
+def score(arguments: argparse.Namespace, name: str, model: str, rows: list[Rendered]) -> dict[str, np.ndarray]:
+    """Scores [pairs, 2] with the stored head and with the unquantized model's."""
+    file = arguments.work / f"{slug(name)}.{arguments.dtype}.{len(rows)}.npy"
+    if file.exists():
+        hidden = torch.from_numpy(np.load(file))
+    else:
+        numerics = PLAIN_BFLOAT16 if name == "floor" else NUMERICS[arguments.dtype]
+        scorer = Scorer(open_checkpoint(model), numerics=numerics)
+        hidden = scorer.hidden_at_scored(rows)
+        np.save(file, hidden.numpy())
+    cast = torch.bfloat16 if name == "floor" else torch.float32
+    heads = {"repaired": read_head(open_checkpoint(model)), "original": read_head(open_checkpoint(arguments.model))}
+    return {which: head(hidden.to(cast)).double().numpy().reshape(-1, 2) for which, head in heads.items()}
+
+
+def slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def print_table(rows: dict[str, tuple[Figures, Figures | None]]) -> None:
+    """Figures with the stored head; the shift with the original head beside it."""
+    table = Table("variant", "agreement", "Spearman", "mean shift", "unrepaired", "after affine", "flips")
+    for name, (figures, original) in rows.items():
+        table.add_row(
+            name,
+            _interval(figures.agreement, 3),
+            _interval(figures.spearman, 4),
+            _interval(figures.mean_shift, 3),
+            f"{original.mean_shift.value:.3f}" if original else "",
+            f"{figures.shift_after_affine.value:.3f}",
+            str(figures.flips),
+        )
+    Console(stderr=True, width=120).print(table)
+
+
+def _interval(estimate, digits: int) -> str:
+    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
