@@ -57,6 +57,11 @@ def by_margin(pairs: Sequence[PairScores]) -> list[Group]:
     return _groups(pairs, name_of, names)
 
 
+def by_area(pairs: Sequence[PairScores]) -> list[Group]:
+    """What stands before the slash of a category such as "objective/maths", in alphabetical order."""
+    return _groups(pairs, _area, sorted({_area(pair) for pair in pairs}))
+
+
 def by_category(pairs: Sequence[PairScores]) -> list[Group]:
     """Categories in alphabetical order."""
     return _groups(pairs, lambda pair: pair.category, sorted({pair.category for pair in pairs}))
@@ -116,6 +121,10 @@ def _unit(pairs: Sequence[PairScores]) -> float:
     reference = scores_of(pairs, "reference")
     assert reference is not None
     return spread(reference)
+
+
+def _area(pair: PairScores) -> str:
+    return pair.category.partition("/")[0]
 
 
 def _text(messages: Sequence[dict[str, str]]) -> str:

@@ -205,7 +205,7 @@ def _kendall(x: Array, y: Array, counts: Array) -> Array:
     narrow = counts.astype(np.float32)
 
     def quadratic(matrix: NDArray[np.float32]) -> Array:
-        return np.sum((narrow @ matrix) * counts, axis=1)
+        return np.einsum("bi,bi->b", narrow @ matrix, counts)
 
     untied = quadratic(np.abs(signs_x)) * quadratic(np.abs(signs_y))
     return _ratio(quadratic(signs_x * signs_y), np.sqrt(untied))

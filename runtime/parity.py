@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_validator
 
-from runtime.breakdown import Group, by_category, by_margin, by_style
+from runtime.breakdown import Group, by_area, by_category, by_margin, by_style
 from runtime.errors import ConversationError, KitError, NonFiniteError
 from runtime.figures import Estimate, Figures, margins, measure_figures, proportion, spread, tidy
 from runtime.scored_pair import PairScores, ScoredPair, check_finite, scores_of
@@ -111,6 +111,7 @@ class ParityReport(BaseModel):
     noise_floor: Figures | None
     before_repair: Figures | None
     by_margin: list[Group]
+    by_area: list[Group]
     by_category: list[Group]
     by_style: dict[str, list[Group]]
     thresholds: list[ThresholdResult]
@@ -168,6 +169,7 @@ def measure_parity(
         noise_floor=compared.get("noise_floor"),
         before_repair=compared.get("unrepaired"),
         by_margin=by_margin(pairs),
+        by_area=by_area(pairs),
         by_category=by_category(pairs),
         by_style=by_style(pairs),
         thresholds=_hold(figures, thresholds),
