@@ -1,0 +1,44 @@
+"""The verdict and the table in words."""
+
+from __future__ import annotations
+
+from runtime.parity import measure_parity
+from runtime.summary import summary_table, verdict
+from tests.scored import SUBJECT, pair, random_pairs
+
+
+def test_the_summary_has_a_column_for_each_run():
+    report = measure_parity(random_pairs(40, noise=True, unrepaired=True), SUBJECT)
+    table = summary_table(report)
+    assert table[0] == ("figure", "quantized", "before repair", "plain bf16")
+    assert {len(row) for row in table} == {4}
+    assert len(summary_table(measure_parity(random_pairs(3), SUBJECT))[0]) == 2
+
+
+def grade(wrong: int, of: int, shift: float, noise_wrong: int | None = None) -> str:
+    """Of `of` pairs with margins of 2, `wrong` flip; the rest of the chosen scores move by `shift`."""
+
+    def run(flipped: int, moved: float) -> list[tuple[float, float]]:
+        return [(-1.0, 1.0) if i < flipped else (1.0 + moved, -1.0) for i in range(of)]
+
+    noise = run(noise_wrong, 0) if noise_wrong is not None else [None] * of
+    pairs = [pair((1, -1), q, noise_floor=n) for q, n in zip(run(wrong, shift), noise, strict=True)]
+    return verdict(measure_parity(pairs, SUBJECT)).headline
+
+
+def test_the_rule_of_thumb():
+    assert grade(0, 29, 0.0).startswith("Too few")
+    assert grade(0, 100, 0.0) == "Yes, for ranking and for score thresholds."
+    assert grade(0, 100, 0.4) == "Yes for ranking; set score thresholds anew."
+    assert grade(0, 100, 0.8) == "Yes for ranking, not for score thresholds."
+    assert grade(1, 40, 0.0).startswith("Probably")
+    assert grade(7, 100, 0.0).startswith("With care")
+    assert grade(7, 100, 0.0, noise_wrong=8).startswith("Yes")
+    assert grade(20, 100, 0.0).startswith("No")
+
+
+def test_the_verdict_tells_flips_and_ties_apart():
+    flip, tie, same = pair((1, 0), (0, 1)), pair((1, 0), (0, 0)), pair((2, 0), (2, 0))
+    sentence = verdict(measure_parity([flip, tie, same], SUBJECT)).sentences[1]
+    assert sentence.startswith("1 pair flips") and "1 pair more ties" in sentence
+    assert verdict(measure_parity([same], SUBJECT)).sentences[1] == "No pair flips."
