@@ -1,26 +1,34 @@
 """A quantization as a job that can be killed at any moment and resumed at its last finished block.
 
 The output directory holds `job/job.json`, rewritten whole after each block: that rename is the moment the
-block counts. Its shard is on disk before, and so is what the streams are after it.
+block counts. Its shard is on disk before, and so is what the streams are after it, and its line in the log.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 from quantize.recipe import Recipe
-from runtime.errors import JobError
+from runtime.errors import JobError, KitError
 from runtime.files import write_whole
 
 SCHEMA = 1
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Job:
-    """The state of one output directory, locked while this process works in it."""
+    """The state of one output directory, locked while this process works in it.
+
+    As a context it lets go of the lock at its end, and what a user can mend leaves it as a JobError that
+    says how to go on.
+    """
 
     def __init__(self, output: Path, state: dict[str, Any], lock: IO[str]):
         self.output = output
@@ -36,7 +44,6 @@ class Job:
                 one with another recipe.
         """
         refuse_foreign(output)
-        (output / "job" / "streams").mkdir(parents=True, exist_ok=True)
         lock = _lock(output)
         state = _read_state(output)
         if state is None:
@@ -48,8 +55,25 @@ class Job:
             )
         recipe.refuse_changes(state["recipe"], f"the job in {output}")
         job = cls(output, state, lock)
-        job._save()
+        if job.finished:
+            job._drop_streams()
+        else:
+            job.streams.mkdir(exist_ok=True)
+            job._save()
         return job
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.close()
+        if isinstance(error, OSError) and error.errno in MENDABLE and error.filename is None:
+            error.filename = str(self.output)  # a full disk is not named by who finds it full
+        if isinstance(error, KitError) or (isinstance(error, OSError) and error.errno in MENDABLE):
+            fault = str(error).rstrip(".")
+            raise JobError(f"{fault}. Finished blocks are kept; the same command with --resume goes on.") from error
 
     @property
     def streams(self) -> Path:
@@ -74,9 +98,9 @@ class Job:
         """Record a block whose shard and streams are on disk."""
         self._state["shards"][shard] = sha256
         self._state["blocks"].append(figures)
-        self._save()
         lines = (json.dumps(block) + "\n" for block in self.blocks)
         write_whole(self.output / "job" / "blocks.jsonl", "".join(lines))
+        self._save()
 
     def record_shard(self, shard: str, sha256: str) -> None:
         """Record a shard that belongs to no block."""
@@ -87,13 +111,10 @@ class Job:
         """Everything is written: the streams may go."""
         self._state["finished"] = True
         self._save()
-        for file in self.streams.glob("*.bin"):
-            file.unlink()
-        self.streams.rmdir()
+        self._drop_streams()
 
-    def close(self) -> None:
-        """Let another process work here."""
-        self._lock.close()
+    def _drop_streams(self) -> None:
+        shutil.rmtree(self.streams, ignore_errors=True)
 
     def _save(self) -> None:
         write_whole(self.output / "job" / "job.json", json.dumps(self._state, indent=1) + "\n")
@@ -103,11 +124,14 @@ def refuse_foreign(output: Path) -> None:
     """Raise JobError unless `output` is absent, empty, or a job's."""
     if output.exists() and not output.is_dir():
         raise JobError(f"{output} is a file; choose another --output.")
-    if output.is_dir() and any(output.iterdir()) and not (output / "job").is_dir():
+    job = output / "job"
+    contents = {*output.iterdir(), *job.glob("*")} if output.is_dir() else set()
+    if contents - {job} and job / "lock" not in contents:
         raise JobError(f"{output} is not empty and holds no job of this kit; choose another --output.")
 
 
 def _lock(output: Path) -> IO[str]:
+    (output / "job").mkdir(parents=True, exist_ok=True)
     lock = open(output / "job" / "lock", "w")  # noqa: SIM115 - held as long as the job is
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,8 +147,9 @@ def _read_state(output: Path) -> dict[str, Any] | None:
         return None
     try:
         state = json.loads(path.read_text())
-    except ValueError as error:
+        schema = state["schema"]
+    except (ValueError, KeyError, TypeError) as error:
         raise JobError(f"{path} is damaged ({error}); remove {output} and start again.") from error
-    if state.get("schema") != SCHEMA:
-        raise JobError(f"{path} has schema {state.get('schema')!r}, this kit writes {SCHEMA}; use another --output.")
+    if schema != SCHEMA:
+        raise JobError(f"{path} has schema {schema!r}, this kit writes {SCHEMA}; use another --output.")
     return state

@@ -6,10 +6,15 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from quantize.settings import GPTQSettings
-from runtime.errors import JobError
+from runtime.errors import JobError, PlanError
 from runtime.quantization import Quantization
 
 METHODS = ("gptq", "nf4", "int8", "rtn")
+# What to say of fields that hold a fingerprint.
+_FINGERPRINTS = {
+    "model": "the model differs (--model)",
+    "conversations": "the conversations differ (--calibration, --rows, --parity-pairs, --max-tokens or --seed)",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class Recipe:
     device: str
     repair: bool
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.scored_share < 1:
+            raise PlanError(f"scored_share is {self.scored_share}; it is a fraction, at least 0 and below 1.")
+        self.settings()  # refuses what the solver cannot do
+
     @property
     def calibrated(self) -> bool:
         """Whether the method looks at activations."""
@@ -72,7 +82,7 @@ class Recipe:
             JobError: naming each argument that differs, with both values.
         """
         changes = [
-            f"{name} was {recorded.get(name)!r} and is now {value!r}"
+            _FINGERPRINTS.get(name, f"{name} was {recorded.get(name)!r} and is now {value!r}")
             for name, value in asdict(self).items()
             if recorded.get(name) != value
         ]

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import signal
 import sys
@@ -24,7 +23,7 @@ from quantize.arguments import default_output, parse
 from quantize.card import describe_variant, render_card
 from quantize.comparison import compare, reference_scores
 from quantize.inputs import Inputs, plan_without_weights, read_inputs
-from quantize.job import Job, refuse_foreign
+from quantize.job import MENDABLE, Job, refuse_foreign
 from quantize.outcome import Outcome, conclude
 from quantize.plan import check_disk
 from quantize.plan_table import print_plan
@@ -43,23 +42,21 @@ from runtime.summary import summary_table, verdict
 from runtime.sweep import read_head
 from runtime.version import kit_version
 
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return quantize(parse(argv), console)
     except KitError as error:
-        _say(console, f"error: {error}")
+        console.print(f"error: {error}")
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        _say(console, f"error: {error}; finished blocks are kept: mend that, then run again with --resume.")
+        console.print(f"error: {error}")
     except KeyboardInterrupt:
-        _say(console, "stopped; finished blocks are kept, and the same command with --resume goes on from there.")
+        console.print("stopped; finished blocks are kept, and the same command with --resume goes on from there.")
         return 130
     return 2
 
@@ -82,18 +79,18 @@ def quantize(arguments: Namespace, console: Console) -> int:
     console.print(f"{inputs.rows.summary()}\n{inputs.sample.summary()}", style="dim")
 
     # 2. Take up the job where it stands.
-    job = Job.open(output, inputs.recipe, resume=arguments.resume)
-    if not job.finished:
-        check_disk(inputs.plan, output)
-        writer = Writer(output, inputs.checkpoint, inputs.recipe.quantization())
+    with Job.open(output, inputs.recipe, resume=arguments.resume) as job:
+        if not job.finished:
+            check_disk(inputs.plan, output)
+            writer = Writer(output, inputs.checkpoint, inputs.recipe.quantization())
 
-        # 3. Sweep the blocks, then score and repair.
-        outcome = sweep_and_conclude(job, inputs, writer, console)
+            # 3. Sweep the blocks, then score and repair.
+            outcome = sweep_and_conclude(job, inputs, writer, console)
 
-        # 4. Compare, and write what makes it a checkpoint.
-        report = compare(inputs, outcome, job.blocks, arguments)
-        write_rest(job, inputs, writer, outcome, report)
-        job.finish()
+            # 4. Compare, and write what makes it a checkpoint.
+            report = compare(inputs, outcome, job.blocks, arguments)
+            write_rest(job, inputs, writer, outcome, report)
+            job.finish()
 
     # 5. Say what came of it.
     return announce(output, time.perf_counter() - start, arguments, console)
@@ -155,10 +152,6 @@ def announce(output: Path, seconds: float, arguments: Namespace, console: Consol
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
