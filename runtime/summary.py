@@ -97,10 +97,9 @@ def verdict(report: ParityReport) -> Verdict:
         missed = [threshold for threshold in report.thresholds if not threshold.met]
         grade: Grade = "poor" if missed else "good"
         of = len(report.thresholds)
-        if missed:
-            headline = f"No: it misses {_of_all(len(missed), of)}."
-        else:
-            headline = f"Yes: it meets {'the threshold' if of == 1 else 'both thresholds'} set for it."
+        all_of_them = "the threshold" if of == 1 else "both thresholds"
+        some = all_of_them if len(missed) in (0, of) else f"{len(missed)} of the {of} thresholds"
+        headline = f"{'No: it misses' if missed else 'Yes: it meets'} {some} set for it."
     else:
         grade, headline = _rule_of_thumb(report)
     return Verdict(grade, headline, (_ranking(report), _flips(report), _shift(report)))
@@ -244,7 +243,3 @@ def _shift(report: ParityReport) -> str:
 def count(number: int, noun: str) -> str:
     """ "1 pair", "2 pairs"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _of_all(missed: int, of: int) -> str:
-    return "the threshold set for it" if of == 1 else f"{missed} of the {of} thresholds set for it"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from runtime.parity import measure_parity
-from runtime.summary import summary_table, verdict
+import pytest
+
+from runtime.parity import Thresholds, measure_parity
+from runtime.summary import number, summary_table, verdict
 from tests.scored import SUBJECT, pair, random_pairs
 
 
@@ -35,6 +37,35 @@ def test_the_rule_of_thumb():
     assert grade(7, 100, 0.0).startswith("With care")
     assert grade(7, 100, 0.0, noise_wrong=8).startswith("Yes")
     assert grade(20, 100, 0.0).startswith("No")
+
+
+def test_thresholds_that_were_set_decide_the_headline():
+    pairs = [pair((1, 0), (1, 0))] * 3 + [pair((1, 0), (0, 1))]  # agreement 0.75, mean shift 0.5
+
+    def headline(**limits: float) -> str:
+        return verdict(measure_parity(pairs, SUBJECT, thresholds=Thresholds(**limits))).headline
+
+    assert headline(min_agreement=0.7) == "Yes: it meets the threshold set for it."
+    assert headline(min_agreement=0.8) == "No: it misses the threshold set for it."
+    assert headline(min_agreement=0.7, max_shift=0.6) == "Yes: it meets both thresholds set for it."
+    assert headline(min_agreement=0.7, max_shift=0.1) == "No: it misses 1 of the 2 thresholds set for it."
+    assert headline(min_agreement=0.8, max_shift=0.1) == "No: it misses both thresholds set for it."
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "text"),
+    [
+        (0.5, "percent", "50.0%"),
+        (0.9999, "percent", ">99.9%"),
+        (0.0001, "percent", "<0.1%"),
+        (1.0, "percent", "100.0%"),
+        (-0.0001, "signed", "+0.000"),
+        (-0.25, "signed", "−0.250"),
+        (None, "shift", "n/a"),
+    ],
+)
+def test_numbers_are_written_as_they_are(value, kind, text):
+    assert number(value, kind) == text
 
 
 def test_the_verdict_tells_flips_and_ties_apart():
