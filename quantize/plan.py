@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture
+from runtime.architecture import BLOCK_LINEARS, Architecture
 from runtime.errors import PlanError
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
 
 GIB = 1 << 30
 # Python with torch, tokenizers and the safetensors reader, before any tensor (measured: 0.3 to 0.45 GB).
 INTERPRETER = 480 << 20
+# Of one linear while it is solved, by weight: its 16-bit original reordered, the fp32 weight that becomes the
+# error, the dequantized weight in fp32, codes before and after packing, and room for what a block of columns takes.
+SOLVE_BYTES = 2 + 4 + 4 + 2 + 2
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,8 @@ class Plan:
     @property
     def disk_written(self) -> int:
         """The packed checkpoint."""
-        small = len(BLOCK_NORMS) * self.architecture.hidden_size * 2
-        packed = sum(self._packed_size(name) for name in BLOCK_LINEARS) + small
-        return packed * self.architecture.num_hidden_layers + self.outer_bytes
+        norms_and_biases = self.block_bytes - self.block_weights * self.architecture.dtype.itemsize
+        return (self._packed_block + norms_and_biases) * self.architecture.num_hidden_layers + self.outer_bytes
 
     @property
     def stream_bytes(self) -> int:
@@ -102,10 +105,23 @@ class Plan:
     @property
     def working_bytes(self) -> int:
         """The most that one block needs where it is computed: weights, activations, Hessian and solve."""
-        matmul_cast = self._largest * self.matmul_bytes if self.matmul_bytes != 2 else 0
-        weights = self.block_bytes + self._packed_block + matmul_cast
-        solving = self.block_bytes + self._packed_block + self._solve_bytes
-        return max(weights + self._activation_bytes + self._hessian_bytes // 2, solving + self._hessian_bytes)
+        passing = self.block_bytes + self._packed_block + self._cast_bytes + self._activation_bytes
+        return max(passing, *(self._group_bytes(group) for group in BLOCK_LINEAR_GROUPS if self.calibrated))
+
+    def _group_bytes(self, group: Sequence[str]) -> int:
+        """The most that calibrating the linears of one group needs.
+
+        First the Hessian grows beside the activations, then its factor is taken beside it, and last each linear
+        is solved beside the factor. Linears solved before are packed already, and their originals let go.
+        """
+        done = BLOCK_LINEARS[: BLOCK_LINEARS.index(group[0])]
+        packed = sum(self._packed_size(name) for name in done)
+        left = sum(self._size(name) for name in BLOCK_LINEARS if name not in done)
+        held = packed + left * self.architecture.dtype.itemsize
+        hessian = 4 * self.architecture.linear_shape(group[0])[1] ** 2
+        growing = hessian + self._activation_bytes + self._cast_bytes
+        solving = hessian + max(self._size(name) for name in group) * SOLVE_BYTES
+        return held + max(growing, 2 * hessian, solving)
 
     @property
     def host_peak(self) -> int:
@@ -121,22 +137,13 @@ class Plan:
         return 0 if self.device == "cpu" else self.working_bytes
 
     @property
-    def _largest(self) -> int:
-        return max(self._size(name) for name in BLOCK_LINEARS)
+    def _cast_bytes(self) -> int:
+        """The largest linear's weight as a matmul input: cast, or dequantized."""
+        return max(self._size(name) for name in BLOCK_LINEARS) * self.matmul_bytes
 
     @property
     def _packed_block(self) -> int:
         return sum(self._packed_size(name) for name in BLOCK_LINEARS)
-
-    @property
-    def _hessian_bytes(self) -> int:
-        """The widest Hessian and its factor, fp32."""
-        return 2 * 4 * max(self._inputs) ** 2 if self.calibrated else 0
-
-    @property
-    def _solve_bytes(self) -> int:
-        """Weight, error and dequantized weight in fp32, and codes, of the largest linear."""
-        return self._largest * (4 * 4 + 1)
 
     @property
     def _activation_bytes(self) -> int:
@@ -192,11 +199,12 @@ def matmul_rate(dtype: torch.dtype, device: str, seconds: float = 0.2) -> float:
 
 
 def check_disk(plan: Plan, output: Path) -> None:
-    """Raise PlanError when the disk under `output` has no room for the checkpoint and the streams."""
+    """Raise PlanError when the disk under `output` has no room for what is not written yet."""
     place = output
     while not place.exists():
         place = place.parent
-    wanted, free = plan.disk_written + plan.stream_bytes, shutil.disk_usage(place).free
+    written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    wanted, free = plan.disk_written + plan.stream_bytes - written, shutil.disk_usage(place).free
     if wanted > free:
         raise PlanError(
             f"{place} has {free / GIB:.1f} GiB free, but {wanted / GIB:.1f} GiB will be written; free some, choose "

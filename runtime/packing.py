@@ -24,6 +24,7 @@ from runtime.quantization import NF4_BLOCKSIZE, NF4_NESTED_BLOCKSIZE, NF4_STATE,
 # One in every code of a word. Format v1 stores zero - 1; the difference is taken on the whole word, as
 # GPTQModel does, so that a zero of 0 in its files (a borrow from the next code) is read back right.
 _ONES = {4: 0x11111111, 8: 0x01010101}
+WEIGHTS_AT_ONCE = 1 << 20  # bounds the fp32 temporaries of a dequantization, whatever the layer's size
 _INVERSE_127 = 7.874015718698502e-3  # bitsandbytes multiplies by this float rather than divide by 127
 
 
@@ -64,10 +65,8 @@ def unpack_gptq(
     tensors: Mapping[str, Tensor], bits: int, checkpoint_format: str = "gptq"
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 [K, N] and true zeros uint8 [G, N] of a packed linear."""
-    qzeros = tensors["qzeros"]
-    if checkpoint_format == "gptq":
-        qzeros = qzeros + _ONES[bits]
-    return _unpack(tensors["qweight"].t(), bits).t(), _unpack(qzeros, bits)
+    zeros = _unpack_zeros(tensors["qzeros"], bits, checkpoint_format)
+    return _unpack(tensors["qweight"].t(), bits).t(), zeros
 
 
 def dequantize_gptq(
@@ -77,12 +76,17 @@ def dequantize_gptq(
     checkpoint_format: str = "gptq",
 ) -> Tensor:
     """Weight [N, K], exact in fp32 (9 bits of code - zero times an 11-bit scale), rounded once to `dtype`."""
-    codes, zeros = unpack_gptq(tensors, bits, checkpoint_format)
-    g_idx = tensors["g_idx"]
-    weight = codes.t().to(torch.float32)  # [N, K], and contiguous: unpacking works along K
-    weight -= zeros.t().to(torch.float32).index_select(1, g_idx)
-    weight *= tensors["scales"].t().to(torch.float32).index_select(1, g_idx)
-    return weight.to(dtype)
+    qweight, scales, g_idx = tensors["qweight"], tensors["scales"], tensors["g_idx"]
+    zeros = _unpack_zeros(tensors["qzeros"], bits, checkpoint_format)
+    weight = torch.empty(qweight.shape[1], len(g_idx), dtype=dtype, device=qweight.device)
+    rows_at_once = max(1, WEIGHTS_AT_ONCE // len(g_idx))
+    for start in range(0, len(weight), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        part = _unpack(qweight[:, rows].t(), bits).to(torch.float32)  # [n, K]
+        part -= zeros[:, rows].t().to(torch.float32).index_select(1, g_idx)
+        part *= scales[:, rows].t().to(torch.float32).index_select(1, g_idx)
+        weight[rows] = part
+    return weight
 
 
 def nf4_state(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
@@ -155,6 +159,11 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 4:
         codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
     return codes.contiguous().view(torch.int32)  # little-endian, as every machine torch runs on
+
+
+def _unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+    """True zeros uint8 [G, N] of qzeros int32 [G, N*bits/32]."""
+    return _unpack(qzeros + _ONES[bits] if checkpoint_format == "gptq" else qzeros, bits)
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:

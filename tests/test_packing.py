@@ -208,3 +208,14 @@ def test_int8_equals_bitsandbytes():
     tensors["weight_format"] = torch.tensor(2, dtype=torch.uint8)
     with pytest.raises(CheckpointError, match="weight_format is 2"):
         dequantize_int8(tensors)
+
+
+def test_dequantizing_piece_by_piece_changes_nothing(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 16, (64, 40), dtype=torch.uint8, generator=generator)
+    zeros = torch.randint(1, 16, (4, 40), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(4, 40, generator=generator).half()
+    packed = pack_gptq(codes, zeros, scales, torch.arange(64) // 16, 4)
+    whole = dequantize_gptq(packed, 4)
+    monkeypatch.setattr("runtime.packing.WEIGHTS_AT_ONCE", 3 * 64)
+    assert torch.equal(dequantize_gptq(packed, 4), whole)
