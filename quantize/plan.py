@@ -106,7 +106,7 @@ class Plan:
     def working_bytes(self) -> int:
         """The most that one block needs where it is computed: weights, activations, Hessian and solve."""
         passing = self.block_bytes + self._packed_block + self._cast_bytes + self._activation_bytes
-        return max(passing, *(self._group_bytes(group) for group in BLOCK_LINEAR_GROUPS if self.calibrated))
+        return max([passing, *(self._group_bytes(group) for group in BLOCK_LINEAR_GROUPS if self.calibrated)])
 
     def _group_bytes(self, group: Sequence[str]) -> int:
         """The most that calibrating the linears of one group needs.
