@@ -22,7 +22,6 @@ class Factor:
         columns: int64 [K], the input feature at each position; quantization runs from the last to the first.
         upper: fp32 [K, K]; only the part above the diagonal is meaningful, the diagonal itself counts as 1.
         pivots: fp32 [K], the variance of each position that the positions before it do not explain.
-        diagonal: fp32 [K], H's own diagonal by input feature, damped.
         damp: what was added to it.
         dead: int64 [D], input features that calibration never saw differ from 0.
         notes: fallbacks taken, for the report.
@@ -31,10 +30,17 @@ class Factor:
     columns: Tensor
     upper: Tensor
     pivots: Tensor
-    diagonal: Tensor
     damp: float
     dead: Tensor
     notes: tuple[str, ...] = ()
+
+    @property
+    def importance(self) -> Tensor:
+        """fp32 [K], `pivots` by input feature: what a squared rounding error in its weights costs.
+
+        The plain diagonal of H overrates inputs whose error the others can absorb.
+        """
+        return torch.empty_like(self.pivots).index_copy_(0, self.columns, self.pivots)
 
     def energy(self, columns: Tensor, block_size: int = 512) -> float:
         """tr(C^T H C), undamped, of C [K, N] fp32 in `self.columns` order: its mean squared output norm."""
@@ -88,8 +94,7 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
         notes = [f"{name}: damp_percent raised from {settings.damp_percent:g} to {damp_percent:g}"]
     roots = upper.diagonal().clone()
     upper /= roots[:, None]
-    damped[dead] = damp_percent * mean
-    return Factor(columns, upper, roots.square(), damped, damp_percent * mean, dead, tuple(notes))
+    return Factor(columns, upper, roots.square(), damp_percent * mean, dead, tuple(notes))
 
 
 def _order(diagonal: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ def _order(diagonal: Tensor) -> Tensor:
 def _gather_upper(hessian: Tensor, columns: Tensor, upper: Tensor, block_size: int = 512) -> None:
     for start in range(0, len(columns), block_size):
         rows = hessian[columns[start : start + block_size]]
-        torch.index_select(rows, 1, columns[start:], out=upper[start : start + block_size, start:])
+        upper[start : start + block_size, start:] = rows[:, columns[start:]]
 
 
 def _cholesky_in_place(matrix: Tensor) -> bool:

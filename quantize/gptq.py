@@ -37,7 +37,6 @@ class SolvedLinear:
         zeros: uint8 [G, N].
         scales: fp16 [G, N].
         g_idx: int32 [K].
-        weight: fp32 [N, K], exactly what a reader computes from the four above.
         loss: mean squared output error over the calibration tokens, tr(D H D^T), without damping.
         relative_loss: the same divided by the mean squared output, tr(W H W^T).
         damp: what was added to the Hessian's diagonal.
@@ -49,12 +48,16 @@ class SolvedLinear:
     zeros: Tensor
     scales: Tensor
     g_idx: Tensor
-    weight: Tensor
     loss: float
     relative_loss: float
     damp: float
     dead_columns: int
     notes: tuple[str, ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """fp32 [N, K], exactly what a reader computes from codes, zeros, scales and g_idx."""
+        return dequantize(self.codes, self.zeros, self.scales, self.g_idx)
 
     @property
     def sqnr_db(self) -> float:
@@ -100,7 +103,6 @@ def solve(
         zeros=grid.zeros,
         scales=grid.scales,
         g_idx=grid.g_idx,
-        weight=dequantize(codes, grid.zeros, grid.scales, grid.g_idx),
         loss=undamped,
         relative_loss=undamped / energy if energy > 0 else 0.0,
         damp=factor.damp,
@@ -123,7 +125,7 @@ class _Grid:
         self.block_size = settings.block_size if self.static else size
         self._settings = settings
         self._columns = factor.columns
-        self._importance = factor.diagonal if settings.importance_scales else None
+        self._importance = factor.importance if settings.importance_scales else None
 
         grouping = torch.arange(in_features, device=weight.device)
         if settings.desc_act:

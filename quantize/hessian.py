@@ -74,16 +74,17 @@ class Hessian:
 
 def _factors(x: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs (left, right) of [T, K] whose products left^T right add up to sum_t w_t x_t x_t^T."""
-    if x.dtype != torch.bfloat16:
-        x = x.float()
-        yield (x if weights is None else x * weights[:, None].float()), x
-    elif weights is None:
+    if x.dtype == torch.bfloat16 and weights is None:
         yield x, x
-    else:  # a bf16 pair (high, low) holds w x to 16 bits, so products stay as good as exact
-        weighted = x.float() * weights[:, None].float()
+    elif x.dtype == torch.bfloat16 and x.is_cuda and weights is not None:
+        # two bf16 products are far faster there than one in fp32, and high + low holds w x to 16 bits
+        weighted = x * weights[:, None].float()
         high = weighted.bfloat16()
         yield high, x
         yield (weighted - high).bfloat16(), x
+    else:
+        x = x.float()
+        yield (x if weights is None else x * weights[:, None].float()), x
 
 
 def _add_upper_panels(total: Tensor, left: Tensor, right: Tensor) -> None:

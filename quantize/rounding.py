@@ -24,8 +24,7 @@ def round_to_nearest(weight: torch.Tensor, settings: GPTQSettings) -> SolvedLine
     groups = g_idx.long()
     steps = (weight.T / scales.float()[groups]).round_() + zeros.float()[groups]
     codes = steps.clamp_(0, (1 << settings.bits) - 1).to(torch.uint8)
-    stored = dequantize(codes, zeros, scales, g_idx)
-    loss, power = float((stored - weight).square().mean()), float(weight.square().mean())
-    return SolvedLinear(
-        codes, zeros, scales, g_idx, stored, loss, loss / power if power else 0.0, damp=0.0, dead_columns=0, notes=()
-    )
+    error = dequantize(codes, zeros, scales, g_idx) - weight
+    loss, power = float(error.square().mean()), float(weight.square().mean())
+    relative = loss / power if power else 0.0
+    return SolvedLinear(codes, zeros, scales, g_idx, loss, relative, damp=0.0, dead_columns=0, notes=())

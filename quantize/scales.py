@@ -1,8 +1,8 @@
 """Scales and zeros of uniform grids: w ~ scale * (code - zero), one (scale, zero) a group and output row.
 
 Min-max takes the grid that just covers the group. The search looks for the grid with the least weighted
-squared error sum_k h_k (w_k - scale * (code_k - zero))^2, h being how active input k is. Each candidate grid
-gives codes, and the best scale for those codes is a least-squares fit, sum h w c / sum h c^2 with
+squared error sum_k h_k (w_k - scale * (code_k - zero))^2, h being what an error there costs. Each candidate
+grid gives codes, and the best scale for those codes is a least-squares fit, sum h w c / sum h c^2 with
 c = code - zero (as in llama.cpp's k-quants). A scale may be negative: a symmetric grid reaches one step
 further below zero than above, and the scale's sign says which side of the group that is.
 """
@@ -15,10 +15,12 @@ from torch.nn import functional
 
 SMALLEST_SCALE = 2.0**-14  # fp16's smallest normal number: some kernels flush what is smaller to 0
 LARGEST_SCALE = 65504.0
+FURTHEST = 2.0**24  # no fp16 grid of 8 bits reaches further; squares of larger weights could overflow
+TINY = torch.finfo(torch.float32).tiny
 
-# Shares of the min-max step that the search tries: first, last, how many.
-SHRINK = {4: (0.5, 1.1, 13), 8: (0.9, 1.02, 7)}
-REFITS = 2
+SHRINKS = {4: (0.4, 1.2), 8: (0.85, 1.1)}  # the shares of the min-max step that are searched
+CANDIDATES = 34  # how many are tried; twice as many gain 0.3 %, half of them lose 0.5 %
+REFITS = 3
 
 
 def group_scales(
@@ -26,26 +28,31 @@ def group_scales(
 ) -> tuple[Tensor, Tensor]:
     """Scales fp16 [G, N] and zeros uint8 [G, N] for weight [N, K] in groups of consecutive columns.
 
+    A scale is never 0, infinite or subnormal, and a zero never 0: format v1 stores zero - 1, and readers
+    disagree on what a stored -1 means.
+
     Args:
-        importance: [K], how much an error in each column counts; None for plain min-max grids.
+        importance: [K], how much a squared error in each column counts; None for plain min-max grids.
         group_size: columns a group, -1 for all; the last group may be shorter.
     """
     rows, columns = weight.shape
     size = columns if group_size == -1 else group_size
     groups = -(-columns // size)
-    padding = groups * size - columns
-    scales = torch.empty(groups, rows, dtype=torch.float16, device=weight.device)
-    zeros = torch.full((groups, rows), 1 << (bits - 1), dtype=torch.uint8, device=weight.device)
+    padding = groups * size - columns  # zeros are on every grid, so padding decides nothing
     if importance is not None:
         importance = _normalised(functional.pad(importance.float(), (0, padding)).view(groups, size))
-    rows_at_once = max(1, (2**25 if weight.is_cuda else 2**16) // columns)
+    scales = torch.empty(groups, rows, dtype=torch.float16, device=weight.device)
+    zeros = torch.empty(groups, rows, dtype=torch.uint8, device=weight.device)
+    rows_at_once = max(1, (2**24 if weight.is_cuda else 2**16) // columns)  # on a CPU, what stays in cache
     for start in range(0, rows, rows_at_once):
-        chunk = functional.pad(weight[start : start + rows_at_once].float(), (0, padding)).view(
-            -1, groups, size
-        )
-        scale, zero = (_symmetric if sym else _asymmetric)(chunk, importance, bits)
-        scales[:, start : start + rows_at_once] = scale.T.half()
-        zeros[:, start : start + rows_at_once] = zero.T.to(torch.uint8)
+        chunk = weight[start : start + rows_at_once].float().clamp(-FURTHEST, FURTHEST)
+        chunk = functional.pad(chunk, (0, padding)).view(-1, groups, size)
+        candidates, zero = _symmetric(chunk, bits) if sym else _asymmetric(chunk, bits)
+        best = candidates[0]
+        if importance is not None:
+            best = _Search(chunk, importance, zero, bits).best(candidates)
+        scales[:, start : start + rows_at_once] = best.T
+        zeros[:, start : start + rows_at_once] = zero.T
     return scales, zeros
 
 
@@ -67,91 +74,82 @@ def _normalised(importance: Tensor) -> Tensor:
 
 def _storable(scale: Tensor) -> Tensor:
     """The fp16 value that will be stored, as fp32: finite, normal, its sign kept."""
-    magnitude = scale.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE).half().float()
-    return torch.where(scale < 0, -magnitude, magnitude)
+    magnitude = scale.abs().clamp_(SMALLEST_SCALE, LARGEST_SCALE).half().float()
+    return torch.copysign(magnitude, scale)
 
 
-def _symmetric(weight: Tensor, importance: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero [R, G] of weight [R, G, g] on the grid -2^(b-1) .. 2^(b-1) - 1."""
+def _symmetric(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scales [C, R, G] to try for weight [R, G, g], the min-max one first, and their zero [R, G]."""
     half = 1 << (bits - 1)
-    zero = torch.full(weight.shape[:2], float(half), device=weight.device)
     extreme = weight.gather(2, weight.abs().argmax(dim=2, keepdim=True)).squeeze(2)
-    if importance is None:
-        largest = extreme.abs()
-        return _storable(torch.where(largest > 0, largest / (half - 1), 1.0)), zero
-    starts = [-shrink * extreme / half for shrink in _shrinks(bits)]
-    starts += [shrink * extreme / (half - 1) for shrink in _shrinks(bits)]
-    scale = _search(weight, importance, [(start, zero) for start in starts], bits)[0]
-    return torch.where(extreme == 0, 1.0, scale), zero
+    shrinks = torch.linspace(*SHRINKS[bits], CANDIDATES // 2, device=weight.device)
+    steps = torch.cat([shrinks / -half, shrinks / (half - 1)])  # the extreme on the long side, or the short
+    scales = torch.cat([extreme.abs()[None] / (half - 0.5), steps[:, None, None] * extreme])
+    return _storable(scales), torch.full_like(extreme, half)
 
 
-def _asymmetric(weight: Tensor, importance: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero [R, G] of weight [R, G, g] on the grid -zero .. 2^b - 1 - zero.
-
-    The zero is at least 1: format v1 stores zero - 1, and readers disagree on what a stored -1 means.
-    """
+def _asymmetric(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """As `_symmetric`; the range shrinks at both ends alike, so the zero stays where it is."""
     top = (1 << bits) - 1
-    low = weight.amin(dim=2).clamp(max=0)
-    span = weight.amax(dim=2).clamp(min=0) - low
-    step = torch.where(span > 0, span / top, 1.0)
-    if importance is None:
-        scale = _storable(step)
-        return scale, (-low / scale).round_().clamp_(1, top)
-    candidates = []
-    for shrink in _shrinks(bits):
-        # the clipped range keeps the group's balance: both ends shrink alike
-        candidates.append((step * shrink, (-low / step).round().clamp(1, top)))
-    return _search(weight, importance, candidates, bits)
+    low = weight.amin(dim=2).clamp_(max=0)
+    step = ((weight.amax(dim=2).clamp_(min=0) - low) / top).clamp_(min=TINY)
+    shrinks = torch.linspace(*SHRINKS[bits], CANDIDATES, device=weight.device)
+    scales = torch.cat([step[None], shrinks[:, None, None] * step])
+    return _storable(scales), (-low / step).round_().clamp_(1, top)
 
 
-def _shrinks(bits: int) -> list[float]:
-    first, last, count = SHRINK[bits]
-    return torch.linspace(first, last, count).tolist()
+class _Search:
+    """Finds the best scale of every group in one chunk: weight [R, G, g], importance [G, g], zero [R, G].
 
+    Full-size results go to buffers that are made once: allocation would cost as much as the arithmetic. For
+    the same reason no operation broadcasts two operands, which torch does not vectorise on a CPU.
+    """
 
-def _search(
-    weight: Tensor, importance: Tensor, candidates: list[tuple[Tensor, Tensor]], bits: int
-) -> tuple[Tensor, Tensor]:
-    """The best (scale, zero), each [R, G], of grids grown from `candidates` for weight [R, G, g]."""
-    weighted = weight * importance
-    best_scale, best_zero = candidates[0]
-    best_gain = torch.full_like(best_scale, -1.0)
-    for scale, zero in candidates:
-        steps = _steps(weight, scale, zero, bits)
-        gain, fitted = _least_squares(steps, weighted, importance)
-        better = gain > best_gain
-        best_gain = torch.where(better, gain, best_gain)
-        best_scale = torch.where(better, fitted, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return _settle(weight, weighted, importance, best_scale, best_zero, bits), best_zero
+    def __init__(self, weight: Tensor, importance: Tensor, zero: Tensor, bits: int) -> None:
+        self._weight = weight
+        self._importance = importance
+        self._zero = zero[..., None]
+        self._top = (1 << bits) - 1
+        self._steps = torch.empty_like(weight)
+        self._weighted = torch.empty_like(weight)
+        self._product = torch.empty_like(weight)
 
+    def best(self, scales: Tensor) -> Tensor:
+        """Scale [R, G] grown from candidates [C, R, G], each judged by the least-squares fit it leads to."""
+        along, power = torch.empty_like(scales), torch.empty_like(scales)
+        for index, scale in enumerate(scales):
+            self._round(scale)
+            self._sums(along[index], power[index])
+        fitted = along / power.clamp_(min=TINY)
+        removed = along * fitted  # how much of the squared weight the fit explains
+        return self._settle(fitted.gather(0, removed.argmax(dim=0, keepdim=True))[0])
 
-def _settle(
-    weight: Tensor, weighted: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, bits: int
-) -> Tensor:
-    """Alternate codes and scale, as stored in fp16, and keep the scale with the least error."""
-    scale = _storable(scale)
-    best_scale, best_error = scale, torch.full_like(scale, torch.inf)
-    for refit in range(REFITS + 1):
-        steps = _steps(weight, scale, zero, bits)
-        error = (torch.addcmul(weight, steps, scale[..., None], value=-1).square_() * importance).sum(dim=2)
-        best_scale = torch.where(error < best_error, scale, best_scale)
-        best_error = torch.minimum(error, best_error)
-        if refit < REFITS:
-            scale = _storable(_least_squares(steps, weighted, importance)[1])
-    return best_scale
+    def _settle(self, scale: Tensor) -> Tensor:
+        """Alternate codes and scale, as fp16 stores it; the scale [R, G] with the least error on the way."""
+        along, power = torch.empty_like(scale), torch.empty_like(scale)
+        best, least = scale, torch.full_like(scale, torch.inf)
+        for _ in range(REFITS):
+            scale = _storable(scale)
+            self._round(scale)
+            self._sums(along, power)
+            error = self._error(scale)
+            best = torch.where(error < least, scale, best)
+            least = torch.minimum(error, least)
+            scale = along / power.clamp_(min=TINY)
+        return best
 
+    def _round(self, scale: Tensor) -> None:
+        """Set steps to code - zero of the grid point nearest to each weight."""
+        torch.mul(self._weight, scale.reciprocal()[..., None], out=self._steps)
+        self._steps.add_(self._zero).round_().clamp_(0, self._top).sub_(self._zero)
 
-def _steps(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """code - zero [R, G, g] of the nearest grid point."""
-    steps = (weight * scale.reciprocal().nan_to_num_(0, 0, 0)[..., None]).round_()
-    low = -zero[..., None]
-    return torch.clamp(steps, low, low + ((1 << bits) - 1), out=steps)
+    def _sums(self, along: Tensor, power: Tensor) -> None:
+        """Set along to sum h w c and power to sum h c^2, both [R, G], of these steps c."""
+        torch.mul(self._steps, self._importance, out=self._weighted)
+        torch.sum(torch.mul(self._weighted, self._weight, out=self._product), dim=2, out=along)
+        torch.sum(torch.mul(self._weighted, self._steps, out=self._product), dim=2, out=power)
 
-
-def _least_squares(steps: Tensor, weighted: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """For fixed steps: how much squared error the best scale removes, and that scale; each [R, G]."""
-    along = (steps * weighted).sum(dim=2)
-    power = (steps.square() * importance).sum(dim=2).clamp_(min=torch.finfo(torch.float32).tiny)
-    scale = along / power
-    return along * scale, scale
+    def _error(self, scale: Tensor) -> Tensor:
+        """Weighted squared error [R, G] of these steps at `scale`."""
+        torch.addcmul(self._weight, self._steps, scale[..., None], value=-1, out=self._product)
+        return self._product.square_().mul_(self._importance).sum(dim=2)

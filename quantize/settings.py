@@ -19,7 +19,8 @@ class GPTQSettings:
     static_groups: choose all scales before the solve, from the original weights; otherwise each group's
         from its updated weights when the solver enters it, which needs groups that are solved one by one.
     desc_act: form the groups along the activation order; `g_idx` is then a permutation's.
-    importance_scales: search each scale for the least Hessian-weighted squared error, not min-max.
+    importance_scales: search each scale for the least squared error, each weight's counted at what it costs
+        at the output, instead of taking min-max.
     damp_percent: this fraction of the Hessian's mean diagonal is added to the diagonal.
     """
 
