@@ -31,14 +31,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the arguments and settle those that depend on each other.
 
     Raises:
-        PlanError: --bits contradicts --method.
+        PlanError: --bits contradicts --method, or there is nothing to work on.
     """
     arguments = _parser().parse_args(argv)
     only = {"nf4": 4, "int8": 8}.get(arguments.method)
     if only and arguments.bits not in (None, only):
         raise PlanError(f"--method {arguments.method} has {only} bits, but --bits is {arguments.bits}; drop --bits.")
     arguments.bits = only or arguments.bits or 4
+    _check_counts(arguments)
     return arguments
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    rows, pairs = arguments.rows, arguments.parity_pairs
+    for name, count in (("--rows", rows), ("--parity-pairs", pairs)):
+        if count < 0:
+            raise PlanError(f"{name} is {count}; a count was expected.")
+    if not rows and arguments.method == "gptq":
+        raise PlanError("--rows is 0, and gptq calibrates on them; ask for some, or take --method nf4.")
+    if not rows and not pairs:
+        raise PlanError("--rows and --parity-pairs are both 0, so nothing would go through the model; ask for some.")
 
 
 def default_output(model: str, method: str, bits: int) -> Path:

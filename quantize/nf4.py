@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as bnb
 import torch
 
 from runtime.linear import Tensors
@@ -15,6 +14,9 @@ def quantize_nf4(weight: torch.Tensor) -> Tensors:
     Args:
         weight: [N, K] in the checkpoint's dtype, which readers dequantize to.
     """
+    # Imports torch's compiler, takes as long as all else together, and complains of kernels not installed.
+    import bitsandbytes.functional as bnb
+
     packed, state = bnb.quantize_4bit(
         weight.contiguous(), blocksize=NF4_BLOCKSIZE, compress_statistics=True, quant_type="nf4"
     )

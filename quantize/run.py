@@ -35,7 +35,7 @@ from quantize.writer import Writer
 from runtime.checkpoint import open_checkpoint
 from runtime.errors import KitError
 from runtime.files import write_whole
-from runtime.parity import ParityReport, read_report
+from runtime.parity import ParityReport, Thresholds, hold, read_report
 from runtime.qwen2 import BFLOAT16, FLOAT32
 from runtime.report import JSON_FILE, write_report
 from runtime.summary import summary_table, verdict
@@ -136,6 +136,8 @@ def announce(output: Path, seconds: float, arguments: Namespace, console: Consol
     """Print the figures and where things are; the status tells whether the thresholds were met."""
     report = read_report(output / JSON_FILE) if (output / JSON_FILE).exists() else None
     if report is not None:
+        results = hold(report.figures, Thresholds(min_agreement=arguments.min_agreement, max_shift=arguments.max_shift))
+        report = report.model_copy(update={"thresholds": results})  # a finished job may be held to others
         header, *rows = summary_table(report)
         table = Table(*header, title=verdict(report).headline, title_justify="left", title_style="bold")
         for row in rows:

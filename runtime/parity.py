@@ -27,6 +27,7 @@ __all__ = [
     "Subject",
     "ThresholdResult",
     "Thresholds",
+    "hold",
     "measure_parity",
     "read_report",
 ]
@@ -172,7 +173,7 @@ def measure_parity(
         by_area=by_area(pairs),
         by_category=by_category(pairs),
         by_style=by_style(pairs),
-        thresholds=_hold(figures, thresholds),
+        thresholds=hold(figures, thresholds),
         block_errors=block_errors,
         repair=repair,
         notes=list(notes),
@@ -227,7 +228,8 @@ def _check_blocks(block_errors: Sequence[BlockError]) -> None:
                 )
 
 
-def _hold(figures: Figures, thresholds: Thresholds) -> list[ThresholdResult]:
+def hold(figures: Figures, thresholds: Thresholds) -> list[ThresholdResult]:
+    """Each limit that is set, and whether the figures meet it."""
     results = []
     if (limit := thresholds.min_agreement) is not None:
         value = figures.agreement.value
