@@ -40,9 +40,7 @@ def test_bits_are_free_where_the_layout_is_gptq(method: str):
 
 @pytest.mark.parametrize(("method", "bits", "own"), [("nf4", 8, 4), ("int8", 4, 8)])
 def test_a_contradiction_is_named_with_its_remedy(method: str, bits: int, own: int):
-    with pytest.raises(
-        PlanError, match=rf"--method {method} has {own} bits, but --bits is {bits}; drop --bits"
-    ):
+    with pytest.raises(PlanError, match=rf"--method {method} has {own} bits, but --bits is {bits}; drop --bits"):
         parse(["--method", method, "--bits", str(bits)])
 
 
@@ -100,9 +98,7 @@ def test_help_shows_every_option_in_a_group_with_a_meaning(capsys: pytest.Captur
     options = re.findall(r"^  (--[\w-]+)[^\n]*\n?", text, re.MULTILINE)
     assert len(options) > 20
     for option in options:
-        assert re.search(rf"^  {option}\b[^\n]*(?:  +\w|\n {{10,}}\w)", text, re.MULTILINE), (
-            f"{option} has no text"
-        )
+        assert re.search(rf"^  {option}\b[^\n]*(?:  +\w|\n {{10,}}\w)", text, re.MULTILINE), f"{option} has no text"
 
 
 def test_help_teaches_by_examples_that_parse(capsys: pytest.CaptureFixture[str]):
