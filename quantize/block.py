@@ -25,7 +25,7 @@ from runtime.linear import Tensors, make_linear
 from runtime.packing import pack_gptq
 from runtime.quantization import BLOCK_LINEAR_GROUPS
 from runtime.qwen2 import Block
-from runtime.sweep import Stream
+from runtime.sweep import Stream, check_finite
 
 Watch = Callable[[str, float | None], None]
 """Told of each linear as it is begun, with the relative loss of the one before."""
@@ -89,7 +89,9 @@ def quantize_block(
         packer.calibrate(group, inputs, stream)
     for batch in calibration:
         activation = block.mlp_activation(block.mlp_input(stream.read(batch, following=True)))
-        stream.write(batch, block.after_mlp(stream.read(batch, following=True), activation))
+        hidden = block.after_mlp(stream.read(batch, following=True), activation)
+        check_finite(hidden, stream.batches[batch], f"block {index}, {stream.name}")
+        stream.write(batch, hidden)
     stream.advance(block, index, parity)
     return packer.result()
 

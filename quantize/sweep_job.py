@@ -32,15 +32,17 @@ def sweep(
         OSError: the disk is full.
     """
     if not job.blocks:
-        streams.embed(checkpoint.read("model.embed_tokens.weight"))
+        outer = {name: checkpoint.read(name) for name in ("model.embed_tokens.weight", "model.norm.weight")}
+        refuse_non_finite(outer)
+        streams.embed(outer.pop("model.embed_tokens.weight"))
         job.record_shard(*writer.write_embedding())
     for index, tensors in read_blocks(checkpoint, len(job.blocks), prefetch=prefetch):
         start = time.perf_counter()
-        refuse_non_finite(tensors, index)
+        prefix = block_prefix(index)
+        refuse_non_finite(tensors, prefix)
         block = {name: tensor.to(streams.device) for name, tensor in tensors.items()}
         tensors.clear()
         packed = _pass_block(streams, block, index, recipe, progress)
-        prefix = block_prefix(index)
         written = writer.write_shard(index + 1, {prefix + name: each.cpu() for name, each in packed.tensors.items()})
         streams.sync()
         job.finish_block(*written, _figures(streams, packed, index, time.perf_counter() - start))
@@ -76,11 +78,11 @@ def _figures(streams: Streams, packed: PackedBlock, index: int, seconds: float) 
     return figures
 
 
-def refuse_non_finite(tensors: Tensors, index: int) -> None:
-    """Raise NonFiniteError naming the first tensor of a block with a NaN or an infinity."""
+def refuse_non_finite(tensors: Tensors, prefix: str = "") -> None:
+    """Raise NonFiniteError naming the first tensor with a NaN or an infinity."""
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # a NaN is both least and greatest
             count = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(
-                f"{block_prefix(index)}{name} has {count} non-finite values; download that shard again."
+                f"{prefix}{name} has {count} non-finite values; download that shard again."
             )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from runtime.architecture import HEAD_TENSORS
 from runtime.checkpoint import Checkpoint
+from runtime.errors import JobError
 from runtime.files import sha256_of, whole_file, write_whole
 from runtime.quantization import Quantization
 from runtime.shard import open_shard
@@ -34,7 +35,10 @@ class Writer:
         """Write a shard and return its name and sha256."""
         path = self.output / self.shard_name(position)
         with whole_file(path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+            except SafetensorError as error:  # how the library reports a full disk
+                raise JobError(f"{path} cannot be written: {error}.") from error
             digest = sha256_of(temporary)
         return path.name, digest
 
@@ -70,8 +74,7 @@ class Writer:
     def copy_tokenizer(self) -> None:
         """Tokenizer files and chat template, byte for byte."""
         for file in self.source.tokenizer_files():
-            with whole_file(self.output / file.name) as temporary:
-                shutil.copyfile(file, temporary)
+            write_whole(self.output / file.name, file.read_bytes())
 
 
 def _json(value: Any) -> str:
