@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from quantize.recipe import METHODS
@@ -61,7 +62,7 @@ def default_output(model: str, method: str, bits: int) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="quantize/run.py", description=DESCRIPTION, epilog=EXAMPLES,
+        prog=_program(), description=DESCRIPTION, epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_main(parser.add_argument_group("what"))
@@ -70,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine(parser.add_argument_group("machine"))
     _add_report(parser.add_argument_group("report"))
     return parser
+
+
+def _program() -> str:
+    """What the user typed: the script, or the installed command."""
+    return "quantize/run.py" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
 
 
 def _add_main(group: argparse._ArgumentGroup) -> None:

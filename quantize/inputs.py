@@ -97,7 +97,7 @@ def _make_plan(architecture: Architecture, recipe: Recipe, load: Load) -> Plan:
 def _make_recipe(
     arguments: Namespace, architecture: Architecture, model: str, conversations: str
 ) -> tuple[Recipe, list[str]]:
-    device = _device(arguments.device)
+    device = _device(arguments.device, must_exist=not arguments.dry_run)
     widths = [architecture.linear_shape(name)[1] for name in BLOCK_LINEARS]
     group_size, note = usable_group_size(arguments.group_size, widths)
     stored_as_gptq = arguments.method in ("gptq", "rtn")
@@ -122,7 +122,7 @@ def _make_recipe(
     return recipe, [note] if note and stored_as_gptq else []
 
 
-def _device(wanted: str) -> str:
+def _device(wanted: str, must_exist: bool) -> str:
     if wanted == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if wanted == "cpu":
@@ -131,8 +131,10 @@ def _device(wanted: str) -> str:
         raise PlanError(f"--device is {wanted!r}; auto, cpu, or cuda:N was expected.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(wanted.partition(":")[2] or 0)
-    if index >= count:
-        raise PlanError(f"--device {wanted}: this machine has {count} CUDA devices that torch can use; try --device cpu.")
+    if must_exist and index >= count:
+        raise PlanError(
+            f"--device {wanted}: this machine has {count} CUDA devices that torch can use; try --device cpu."
+        )
     return f"cuda:{index}"
 
 

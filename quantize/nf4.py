@@ -17,6 +17,9 @@ def quantize_nf4(weight: torch.Tensor) -> Tensors:
     # Imports torch's compiler, takes as long as all else together, and complains of kernels not installed.
     import bitsandbytes.functional as bnb
 
+    # Imported here: it logs what its CPU backend lacks, which concerns nobody who takes another method.
+    import bitsandbytes.functional as bnb
+
     packed, state = bnb.quantize_4bit(
         weight.contiguous(), blocksize=NF4_BLOCKSIZE, compress_statistics=True, quant_type="nf4"
     )
