@@ -74,6 +74,8 @@ class Repair:
 def fit_repair(head: ScoreHead, evidence: Evidence) -> Repair:
     """Cross-validate the candidates, from simple to rich, and fit the chosen one on all rows."""
     folds = torch.tensor([group % FOLDS for group in evidence.groups])
+    if len(folds.unique()) < 2:  # nothing to hold out
+        return Repair("none", {}, len(folds), head)
     deviation = evidence.reference_scores.std().clamp_min(1e-12)
     squared = {}  # candidate -> [n] squared held-out error, in units of the reference's variance
     for name, fit in CANDIDATES.items():
@@ -131,13 +133,12 @@ def _refit(components: int) -> Callable[[ScoreHead, Evidence], ScoreHead]:
         features = evidence.quantized_features
         inner = torch.relu(features @ head.score_0_weight.float().T + head.score_0_bias.float())
         mean = inner.mean(0)
-        _, sizes, directions = torch.linalg.svd(inner - mean, full_matrices=False)
-        basis = directions[:components].T  # [H, k]
+        left, sizes, right = torch.linalg.svd(inner - mean, full_matrices=False)
+        kept = slice(min(components, int((sizes > 1e-5 * sizes[0]).sum())))
+        left, sizes, right = left[:, kept], sizes[kept], right[kept]
         residual = evidence.reference_scores - head.score(features)
-        projected = (inner - mean) @ basis
         # Shrinking by the last kept component's own energy keeps weak directions from fitting noise.
-        ridge = sizes[:components].square().min() * torch.eye(basis.shape[1])
-        step = basis @ torch.linalg.solve(projected.T @ projected + ridge, projected.T @ residual)
+        step = right.T @ (left.T @ residual * sizes / (sizes.square() + sizes[-1:].square()))
         return replace(
             head, score_2_weight=head.score_2_weight + step, score_2_bias=head.score_2_bias - mean @ step
         )
