@@ -26,10 +26,10 @@ def make_head(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> ScoreHead:
 
 def make_features(rows: int, seed: int = 1) -> torch.Tensor:
     """Features with a few strong directions, as hidden states have."""
-    draw = torch.Generator().manual_seed(seed)
-    scales = torch.logspace(0.5, -1.5, HIDDEN)
+    draw = torch.Generator().manual_seed(1000)
     rotation = torch.linalg.qr(torch.randn(HIDDEN, HIDDEN, generator=draw)).Q
-    return torch.randn(rows, HIDDEN, generator=draw) * scales @ rotation
+    scales = torch.logspace(0.5, -1.5, HIDDEN)
+    return torch.randn(rows, HIDDEN, generator=draw.manual_seed(seed)) * scales @ rotation
 
 
 def noise_like(features: torch.Tensor, size: float, seed: int = 2) -> torch.Tensor:
