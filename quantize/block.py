@@ -163,6 +163,7 @@ class _Packer:
             elapsed = time.perf_counter() - start
             self.seconds["solve"] += elapsed
             packed = pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, self.recipe.bits)
+            self.seconds["pack"] += time.perf_counter() - start - elapsed
             figures = LinearFigures(
                 solved.loss, solved.relative_loss, _decibels(solved.relative_loss), solved.damp, solved.dead_columns,
                 list(solved.notes), elapsed,
