@@ -37,4 +37,13 @@ class Qwen2ForRewardModel(Qwen2PreTrainedModel):
         else:
             last = attention_mask.sum(-1) - 1
         rows = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        return self.score(rows.to(self.score[0].weight.dtype)).float().squeeze(-1)
+        return self._head(rows.float()).squeeze(-1)
+
+    def _head(self, rows: torch.Tensor) -> torch.Tensor:
+        """In fp32, whichever dtypes a loader left the two linears in: transformers' bitsandbytes one mixes them."""
+        for layer in self.score:
+            if isinstance(layer, nn.Linear):
+                rows = nn.functional.linear(rows, layer.weight.float(), layer.bias.float())
+            else:
+                rows = layer(rows)
+        return rows
