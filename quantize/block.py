@@ -178,7 +178,8 @@ class _Packer:
         packed = self._round(weight)
         before = weight.float()
         after = make_linear(packed, self.quantization, self.block.architecture.linear_shape(name))
-        loss, power = float((after.weight(torch.float32) - before).square().mean()), float(before.square().mean())
+        error = after.weight(torch.float32).sub_(before)
+        loss, power = (float(torch.linalg.vector_norm(each)) ** 2 / each.numel() for each in (error, before))
         relative = loss / power if power else 0.0
         elapsed = time.perf_counter() - start
         self.seconds["solve"] += elapsed

@@ -14,10 +14,8 @@ def quantize_nf4(weight: torch.Tensor) -> Tensors:
     Args:
         weight: [N, K] in the checkpoint's dtype, which readers dequantize to.
     """
-    # Imports torch's compiler, takes as long as all else together, and complains of kernels not installed.
-    import bitsandbytes.functional as bnb
-
-    # Imported here: it logs what its CPU backend lacks, which concerns nobody who takes another method.
+    # Imported here: it brings torch's compiler, takes as long as all else together, and logs what its CPU
+    # backend lacks, which concerns nobody who takes another method.
     import bitsandbytes.functional as bnb
 
     packed, state = bnb.quantize_4bit(

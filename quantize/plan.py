@@ -18,9 +18,12 @@ from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
 GIB = 1 << 30
 # Python with torch, tokenizers and the safetensors reader, before any tensor (measured: 0.3 to 0.45 GB).
 INTERPRETER = 480 << 20
+BITSANDBYTES = 128 << 20  # and what it imports
 # Of one linear while it is solved, by weight: its 16-bit original reordered, the fp32 weight that becomes the
 # error, the dequantized weight in fp32, codes before and after packing, and room for what a block of columns takes.
 SOLVE_BYTES = 2 + 4 + 4 + 2 + 2
+# The same where a linear is rounded without data, by stored layout (measured).
+ROUND_BYTES = {"gptq": 18, "nf4": 14, "int8": 13}
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,11 @@ class Plan:
     @property
     def working_bytes(self) -> int:
         """The most that one block needs where it is computed: weights, activations, Hessian and solve."""
-        passing = self.block_bytes + self._packed_block + self._cast_bytes + self._activation_bytes
-        return max([passing, *(self._group_bytes(group) for group in BLOCK_LINEAR_GROUPS if self.calibrated)])
+        held = self.block_bytes + self._packed_block
+        passing = held + self._cast_bytes + self._activation_bytes
+        if not self.calibrated:
+            return max(passing, held + self._largest * ROUND_BYTES[self.quantization.method])
+        return max(passing, *(self._group_bytes(group) for group in BLOCK_LINEAR_GROUPS))
 
     def _group_bytes(self, group: Sequence[str]) -> int:
         """The most that calibrating the linears of one group needs.
@@ -129,7 +135,8 @@ class Plan:
         embedding = self.architecture.vocab_size * self.architecture.hidden_size * self.architecture.dtype.itemsize
         ahead = self.block_bytes if self.prefetch else 0
         block = ahead + (self.working_bytes if self.device == "cpu" else self.block_bytes + self._packed_block)
-        return INTERPRETER + self.stream_bytes + max(2 * embedding, block)
+        libraries = INTERPRETER + (BITSANDBYTES if self.quantization.method == "nf4" else 0)
+        return libraries + self.stream_bytes + max(2 * embedding, block)
 
     @property
     def gpu_peak(self) -> int:
@@ -139,7 +146,12 @@ class Plan:
     @property
     def _cast_bytes(self) -> int:
         """The largest linear's weight as a matmul input: cast, or dequantized."""
-        return max(self._size(name) for name in BLOCK_LINEARS) * self.matmul_bytes
+        return self._largest * self.matmul_bytes
+
+    @property
+    def _largest(self) -> int:
+        """Weights of the largest linear."""
+        return max(self._size(name) for name in BLOCK_LINEARS)
 
     @property
     def _packed_block(self) -> int:

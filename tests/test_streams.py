@@ -1,0 +1,162 @@
+"""The streams of a quantizing sweep: who is in them, what goes through them, what is left on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantize.streams import Streams
+from runtime.chat import Rendered
+from runtime.checkpoint import Checkpoint, open_checkpoint
+from runtime.errors import JobError
+from runtime.qwen2 import FLOAT32, PLAIN_BFLOAT16, Block
+from runtime.scorer import Scorer
+from runtime.sweep import read_blocks, read_head
+
+
+def make_rows(count: int, seed: int) -> list[Rendered]:
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 60, (count,), generator=draw).tolist()
+    rows = [torch.randint(0, 300, (length,), generator=draw).tolist() for length in lengths]
+    return [Rendered(row, len(row) - 1) for row in rows]
+
+
+CALIBRATION, PARITY = make_rows(7, 0), make_rows(4, 1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint) -> Checkpoint:
+    return open_checkpoint(tiny_checkpoint)
+
+
+def make_streams(checkpoint: Checkpoint, **more) -> Streams:
+    return Streams(checkpoint.architecture, FLOAT32, CALIBRATION, PARITY, token_budget=100, **more)
+
+
+def sweep(streams: Streams, checkpoint: Checkpoint, blocks: range) -> None:
+    """Both streams through unquantized blocks."""
+    for index, tensors in read_blocks(checkpoint, blocks.start):
+        if index not in blocks:
+            break
+        streams.advance_reference(tensors, index)
+        streams.quantized.advance(streams.block(tensors), index)
+        streams.sync()
+        streams.turn_over()
+
+
+def test_rows_are_numbered_through_and_no_batch_holds_both_kinds(checkpoint):
+    streams = make_streams(checkpoint)
+    rows = [streams.quantized.batches[index].rows for index in streams.calibration_batches]
+    assert [row for batch in rows for row in batch] == list(range(7))
+    rows = [streams.quantized.batches[index].rows for index in streams.parity_batches]
+    assert [row for batch in rows for row in batch] == list(range(7, 11))
+    assert len(streams.calibration_batches) + len(streams.parity_batches) == len(streams.reference.batches)
+    assert sum(len(batch.rows) for batch in streams.noise_floor.batches) == 4
+    assert streams.calibration_rows == 7
+
+
+def test_all_start_at_the_embedding_each_in_its_own_dtype(checkpoint):
+    streams = make_streams(checkpoint)
+    embedding = checkpoint.read("model.embed_tokens.weight")
+    streams.embed(embedding)
+    tokens = torch.cat([batch.token_ids for batch in streams.reference.batches])
+    for stream in (streams.reference, streams.quantized):
+        assert stream.current.dtype == torch.float32 and torch.equal(stream.current, embedding[tokens].float())
+    floor = streams.noise_floor
+    tokens = torch.cat([batch.token_ids for batch in floor.batches])
+    assert floor.current.dtype == torch.bfloat16 and torch.equal(floor.current, embedding[tokens])
+
+
+def test_what_the_head_sees_gives_the_scores_of_the_model(checkpoint, tiny_checkpoint):
+    streams = make_streams(checkpoint)
+    streams.embed(checkpoint.read("model.embed_tokens.weight"))
+    sweep(streams, checkpoint, range(2))
+    head = read_head(checkpoint)
+    reference, quantized, floor = streams.features(head)
+    expected = Scorer.from_pretrained(tiny_checkpoint, device="cpu").score_rendered([*CALIBRATION, *PARITY])
+    for features in (reference, quantized):
+        assert (head.score(features) - expected).abs().max() < 1e-5 * expected.std()
+    shift = head.score(floor) - expected[7:]
+    assert floor.dtype == torch.bfloat16 and 1e-4 < shift.abs().mean() / expected.std() < 0.2
+
+
+def test_the_noise_floor_is_computed_all_in_bf16(checkpoint):
+    streams = make_streams(checkpoint)
+    streams.embed(checkpoint.read("model.embed_tokens.weight"))
+    tensors = checkpoint.read_block(0)
+    streams.advance_reference(tensors, 0)
+    block = Block.from_tensors(checkpoint.architecture, tensors, streams.rotary, PLAIN_BFLOAT16)
+    stream = streams.noise_floor
+    for index, batch in enumerate(stream.batches):
+        assert torch.equal(stream.read(index, following=True), block(stream.read(index), batch))
+
+
+def test_hidden_errors_are_of_parity_rows_at_their_scored_tokens(checkpoint):
+    streams = make_streams(checkpoint)
+    streams.embed(checkpoint.read("model.embed_tokens.weight"))
+    tensors = checkpoint.read_block(0)
+    streams.advance_reference(tensors, 0)
+    streams.quantized.advance(streams.block(tensors), 0)
+    assert torch.equal(streams.hidden_errors(), torch.zeros(4))
+    ends = torch.tensor([len(row.token_ids) for row in [*CALIBRATION, *PARITY]]).cumsum(0) - 1
+    for row in range(11):
+        streams.quantized.following[ends[row]] *= 1 + 0.01 * row
+    assert torch.allclose(streams.hidden_errors(), 0.01 * torch.arange(7, 11), rtol=1e-4)
+
+
+# ---- on disk --------------------------------------------------------------------------------------------
+
+
+def test_a_later_process_goes_on_from_the_files(checkpoint, tmp_path):
+    """The block that was at work is done again, over whatever it left."""
+    whole = make_streams(checkpoint)
+    whole.embed(checkpoint.read("model.embed_tokens.weight"))
+    sweep(whole, checkpoint, range(2))
+
+    first = make_streams(checkpoint, directory=tmp_path)
+    first.embed(checkpoint.read("model.embed_tokens.weight"))
+    sweep(first, checkpoint, range(1))
+    first.advance_reference(checkpoint.read_block(1), 1)
+    first.quantized.following.fill_(torch.nan)
+    del first
+    second = make_streams(checkpoint, directory=tmp_path, finished_blocks=1)
+    sweep(second, checkpoint, range(1, 2))
+    for one, other in zip(whole.all, second.all, strict=True):
+        assert torch.equal(one.current, other.current)
+
+
+def names_and_sizes(directory: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in directory.iterdir()}
+
+
+def test_files_are_as_large_as_the_plan_says(checkpoint, tmp_path):
+    make_streams(checkpoint, directory=tmp_path)
+    tokens = sum(len(row.token_ids) for row in [*CALIBRATION, *PARITY])
+    parity = sum(len(row.token_ids) for row in PARITY)
+    wide, narrow = 64 * 4 * tokens, 64 * 2 * parity
+    expected = {"reference": wide, "quantized": wide, "noise-floor": narrow}
+    assert names_and_sizes(tmp_path) == {f"{name}.{turn}.bin": expected[name] for name in expected for turn in (0, 1)}
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_lost_files_are_named(checkpoint, tmp_path, damage):
+    make_streams(checkpoint, directory=tmp_path)
+    file = tmp_path / "reference.1.bin"
+    file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(JobError, match=r"reference\.1\.bin is missing or not \d+ bytes long"):
+        make_streams(checkpoint, directory=tmp_path, finished_blocks=1)
+
+
+def test_without_parity_rows_there_is_no_noise_floor_and_no_file_of_it(checkpoint, tmp_path):
+    streams = Streams(checkpoint.architecture, FLOAT32, CALIBRATION, [], token_budget=100, directory=tmp_path)
+    streams.embed(checkpoint.read("model.embed_tokens.weight"))
+    sweep(streams, checkpoint, range(1))
+    assert len(streams.hidden_errors()) == 0
+    assert not list(tmp_path.glob("noise-floor*"))
+    reference, _, floor = streams.features(read_head(checkpoint))
+    assert len(reference) == 7 and len(floor) == 0
+    Streams(
+        checkpoint.architecture, FLOAT32, CALIBRATION, [], token_budget=100, directory=tmp_path, finished_blocks=1
+    )  # fmt: skip
