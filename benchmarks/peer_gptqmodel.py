@@ -1,0 +1,282 @@
+"""Our GPTQ against gptqmodel's, through optimum: same model, rows, bits and group size, each in its own process.
+
+    python benchmarks/peer_gptqmodel.py --work /tmp/peer --pairs pairs.jsonl.gz --count 500 --json result.json
+
+Both quantize the same token ids with as many threads. Ours is the ordinary command: besides quantizing it computes
+the reference and noise-floor streams and writes a report, all of which is in its time. Compared are wall time and
+peak memory of the processes, the relative output error of every linear on held-out conversations (inputs of the
+unquantized model, so that both answer the same question), and the scores on held-out pairs, computed by the kit
+for both: with the stored head, and for ours also with the original one. Without --pairs the bundled pairs that are
+not calibrated on are used. Finished quantizations are kept in --work and reused. Needs the `interop` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.variants import draw_pairs  # noqa: E402
+from calibration.conversations import load_rows  # noqa: E402
+from calibration.sampling import Sample, sample  # noqa: E402
+from quantize.settings import usable_group_size  # noqa: E402
+from runtime.architecture import BLOCK_LINEARS  # noqa: E402
+from runtime.batching import pack  # noqa: E402
+from runtime.chat import Rendered, Renderer  # noqa: E402
+from runtime.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from runtime.figures import measure_figures  # noqa: E402
+from runtime.quantization import BLOCK_LINEAR_GROUPS  # noqa: E402
+from runtime.qwen2 import FLOAT32, Block, Rotary  # noqa: E402
+from runtime.scorer import Scorer  # noqa: E402
+from runtime.sweep import read_head  # noqa: E402
+
+OURS, PEER = "worldpm-kit", "gptqmodel"
+
+
+def main() -> int:
+    arguments = parse()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    model = open_checkpoint(arguments.model)
+    drawn = draw_sample(model, arguments)
+    pairs = draw_pairs(arguments) if arguments.pairs else both_sides(drawn)
+    widths = [model.architecture.linear_shape(name)[1] for name in BLOCK_LINEARS]
+    group_size, _ = usable_group_size(arguments.group_size, widths)
+
+    runs = {
+        OURS: run_once(OURS, our_command(model, group_size, arguments), arguments),
+        PEER: run_once(PEER, peer_command(model, group_size, drawn, arguments), arguments),
+    }
+    variants = {name: open_checkpoint(arguments.work / name) for name in runs}
+    losses = layer_losses(model, variants, pairs[: arguments.loss_rows], arguments.token_budget)
+    figures = score_figures(model, variants, pairs)
+    print_tables(runs, losses, figures)
+    result = {
+        "model": arguments.model,
+        "bits": arguments.bits,
+        "group_size": group_size,
+        "rows": len(drawn.calibration),
+        "tokens": drawn.calibration_tokens,
+        "pairs": len(pairs) // 2,
+        "threads": arguments.threads,
+        "runs": runs,
+        "time_ratio": round(runs[PEER]["seconds"] / runs[OURS]["seconds"], 2),
+        "losses": losses,
+        "loss_ratio": loss_ratio(losses),
+        "figures": figures,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+    else:
+        print(json.dumps(result))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=64, help="calibration conversations (default %(default)s)")
+    parser.add_argument("--calibration", help="pairs to calibrate on (default: the bundled ones)")
+    parser.add_argument("--calibration-tokens", type=int, help="leave out longer calibration rows")
+    parser.add_argument("--pairs", help="held-out pairs to score, TRL's formats (default: bundled ones)")
+    parser.add_argument("--count", type=int, default=500, help="how many of them")
+    parser.add_argument("--max-tokens", type=int, default=256, help="leave out longer ones of --pairs")
+    parser.add_argument("--loss-rows", type=int, default=32, help="held-out conversations for layer losses")
+    parser.add_argument("--damp-percent", type=float, help="the peer's (default: its own)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both (default %(default)s)")
+    parser.add_argument("--token-budget", type=int, default=2048)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both while quantizing")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+# ---- the two quantizations ------------------------------------------------------------------------------
+
+
+def draw_sample(model: Checkpoint, arguments: argparse.Namespace) -> Sample:
+    """The rows that our command draws by itself, and for scoring the pairs that it leaves."""
+    renderer = Renderer.from_directory(model.directory, model.architecture.max_position_embeddings)
+    return sample(
+        load_rows(arguments.calibration),
+        renderer,
+        rows_wanted=arguments.rows,
+        seed=arguments.seed,
+        parity_pairs=2 if arguments.pairs else None,
+        max_tokens=arguments.calibration_tokens,
+    )
+
+
+def both_sides(drawn: Sample) -> list[Rendered]:
+    return [side for pair in drawn.parity for side in (pair.chosen, pair.rejected)]
+
+
+def our_command(model: Checkpoint, group_size: int, arguments: argparse.Namespace) -> list[str]:
+    options: dict[str, Any] = {
+        "model": model.directory,
+        "output": arguments.work / OURS,
+        "bits": arguments.bits,
+        "group-size": group_size,
+        "rows": arguments.rows,
+        "parity-pairs": 2,
+        "seed": arguments.seed,
+        "dtype": arguments.dtype,
+        "token-budget": arguments.token_budget,
+        "device": "cpu",
+        "calibration": arguments.calibration,
+        "max-tokens": arguments.calibration_tokens,
+    }
+    flags = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    return [sys.executable, str(ROOT / "quantize" / "run.py"), *flags, "--json"]
+
+
+def peer_command(model: Checkpoint, group_size: int, drawn: Sample, arguments: argparse.Namespace) -> list[str]:
+    rows = arguments.work / "rows.json"
+    rows.write_text(json.dumps([row.rendered.token_ids for row in drawn.calibration]))
+    command = [sys.executable, str(ROOT / "benchmarks" / "optimum_gptq.py"), str(model.directory), str(rows)]
+    command += [str(arguments.work / PEER), "--bits", str(arguments.bits), "--group-size", str(group_size)]
+    command += ["--dtype", arguments.dtype]
+    return command + ([] if arguments.damp_percent is None else ["--damp-percent", str(arguments.damp_percent)])
+
+
+def run_once(name: str, command: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Wall and CPU seconds and peak memory of the process, and its last line; an earlier run's if there is one."""
+    record, log = arguments.work / f"{name}.json", arguments.work / f"{name}.log"
+    if record.exists():
+        return json.loads(record.read_text())
+    threads = str(arguments.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
+    start = time.perf_counter()
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True)
+        last = process.stdout.read().strip().splitlines()[-1:]
+        _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    if os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"{name} failed; its output is in {log}")
+    result = {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_memory": usage.ru_maxrss * 1024,
+        "reported": json.loads(last[0]),
+    }
+    record.write_text(json.dumps(result, indent=1))
+    return result
+
+
+# ---- what came of them ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def layer_losses(
+    model: Checkpoint, variants: dict[str, Checkpoint], rows: list[Rendered], token_budget: int
+) -> list[dict[str, Any]]:
+    """For every linear and variant, squared output error over squared output, on the unquantized model's inputs."""
+    rotary = Rotary(model.architecture, max(len(row.token_ids) for row in rows))
+    batches = pack(rows, token_budget)
+    embedding = model.read("model.embed_tokens.weight")
+    hidden = [embedding[batch.token_ids].float() for batch in batches]
+    losses = []
+    for index in range(model.architecture.num_hidden_layers):
+        block = open_block(model, index, rotary)
+        packed = {name: open_block(checkpoint, index, rotary) for name, checkpoint in variants.items()}
+        sums: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for place, batch in enumerate(batches):
+            for group, x in zip(BLOCK_LINEAR_GROUPS, linear_inputs(block, hidden, place, batch), strict=True):
+                for linear in group:
+                    weight = block.linears[linear].weight(torch.float32)
+                    sums[linear]["output"] += float((x @ weight.T).square().sum())
+                    for name, other in packed.items():
+                        error = x @ (other.linears[linear].weight(torch.float32) - weight).T
+                        sums[linear][name] += float(error.square().sum())
+        for linear, sum_of in sums.items():
+            relative = {name: sum_of[name] / sum_of["output"] for name in variants}
+            losses.append({"block": index, "linear": linear} | relative)
+    return losses
+
+
+def open_block(checkpoint: Checkpoint, index: int, rotary: Rotary) -> Block:
+    tensors = checkpoint.read_block(index)
+    return Block.from_tensors(checkpoint.architecture, tensors, rotary, FLOAT32, checkpoint.quantization)
+
+
+def linear_inputs(block: Block, hidden: list[torch.Tensor], place: int, batch) -> Iterator[torch.Tensor]:
+    """What each group of linears sees of one batch; `hidden[place]` then moves on to the next block."""
+    x = block.attention_input(hidden[place])
+    yield x
+    context = block.attention_context(x, batch)
+    yield context
+    middle = block.after_attention(hidden[place], context)
+    x = block.mlp_input(middle)
+    yield x
+    activation = block.mlp_activation(x)
+    yield activation
+    hidden[place] = block.after_mlp(middle, activation)
+
+
+def score_figures(
+    model: Checkpoint, variants: dict[str, Checkpoint], pairs: list[Rendered]
+) -> dict[str, dict[str, Any]]:
+    """Parity figures on held-out pairs: of each variant as it is, and of ours without its repair of the head."""
+    head = read_head(model)
+    hidden = {name: Scorer(checkpoint).hidden_at_scored(pairs) for name, checkpoint in variants.items()}
+    scores = {name: read_head(checkpoint)(hidden[name]) for name, checkpoint in variants.items()}
+    scores[f"{OURS}, unrepaired"] = head(hidden[OURS])
+    reference = by_pair(head(Scorer(model).hidden_at_scored(pairs)))
+    return {name: measure_figures(reference, by_pair(each)).model_dump() for name, each in scores.items()}
+
+
+def by_pair(scores: torch.Tensor) -> np.ndarray:
+    return scores.double().numpy().reshape(-1, 2)
+
+
+def loss_ratio(losses: list[dict[str, Any]]) -> dict[str, float]:
+    """The peer's loss over ours, geometric mean by kind of linear and over all."""
+    logs: defaultdict[str, list[float]] = defaultdict(list)
+    for row in losses:
+        for kind in (row["linear"], "all"):
+            logs[kind].append(math.log(row[PEER] / row[OURS]))
+    return {kind: round(math.exp(sum(values) / len(values)), 3) for kind, values in logs.items()}
+
+
+def print_tables(runs: dict[str, Any], losses: list[dict[str, Any]], figures: dict[str, dict[str, Any]]) -> None:
+    console = Console(stderr=True, width=120)
+    table = Table("process", "seconds", "CPU seconds", "peak memory")
+    for name, run in runs.items():
+        table.add_row(name, str(run["seconds"]), str(run["cpu_seconds"]), f"{run['peak_memory'] / 2**30:.2f} GiB")
+    console.print(table)
+    table = Table("linear", *runs, "ratio", title="relative output error, geometric mean over blocks")
+    ratios = loss_ratio(losses)
+    for kind in [*BLOCK_LINEARS, "all"]:
+        rows = [row for row in losses if kind in (row["linear"], "all")]
+        means = [math.exp(sum(math.log(row[name]) for row in rows) / len(rows)) for name in runs]
+        table.add_row(kind, *(f"{mean:.3e}" for mean in means), f"{ratios[kind]:.2f}")
+    console.print(table)
+    shown = ("agreement", "spearman", "mean_shift", "shift_after_affine")
+    table = Table("scores of", *shown, "flips")
+    for name, each in figures.items():
+        cells = (f"{each[key]['value']:.3f} ({each[key]['low']:.3f}-{each[key]['high']:.3f})" for key in shown)
+        table.add_row(name, *cells, str(each["flips"]))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
