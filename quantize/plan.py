@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -232,8 +232,10 @@ def fit_memory(plan: Plan, budget: int | None) -> Plan:
     """
     limit = psutil.virtual_memory().available if budget is None else budget
     for prefetch in (True, False):
-        candidate = Plan(**{**vars(plan), "prefetch": prefetch})
-        if candidate.host_peak <= limit:
+        candidate = replace(plan, prefetch=prefetch)
+        # The streams' mapped pages go back to their files when memory is short: only a given budget holds them.
+        needed = candidate.host_peak - (candidate.stream_bytes if budget is None else 0)
+        if needed <= limit:
             break
     else:
         without = candidate.host_peak - candidate.stream_bytes
@@ -244,7 +246,7 @@ def fit_memory(plan: Plan, budget: int | None) -> Plan:
             else f"one block alone needs {without / GIB:.1f} GiB: use a machine with more memory"
         )
         raise PlanError(
-            f"the peak would be {candidate.host_peak / GIB:.1f} GiB of memory, with {limit / GIB:.1f} GiB "
+            f"the peak would be {needed / GIB:.1f} GiB of memory, with {limit / GIB:.1f} GiB "
             f"{'allowed by --ram-budget' if budget else 'available'}; {remedy}."
         )
     if plan.device != "cpu":

@@ -180,6 +180,14 @@ def test_without_a_budget_it_is_what_the_machine_has_free(monkeypatch):
     assert fit_memory(plan_of(), None).prefetch
 
 
+def test_mapped_pages_count_only_against_a_given_budget(monkeypatch):
+    plan = plan_of()
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr("quantize.plan.psutil.virtual_memory", lambda: memory(plan.host_peak - plan.stream_bytes))
+    assert fit_memory(plan, None).prefetch
+    assert not fit_memory(plan, plan.host_peak - 1).prefetch
+
+
 def test_a_gpu_that_is_too_small_is_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (4 * GIB, 24 * GIB))
     with pytest.raises(PlanError, match=r"cuda:0 has 4\.0 GiB free and one block needs \d+\.\d GiB; use --device cpu"):
