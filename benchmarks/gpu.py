@@ -83,8 +83,13 @@ class Bench:
                 hidden = torch.randn(tokens, self.architecture.hidden_size, device=self.device)
                 seconds = self.timed(lambda block=block, hidden=hidden, batch=batch: block(hidden, batch))
                 share = 2 * self.plan(tokens).block_weights * tokens / seconds / self.rate
-                say("block_forward", kind=kind, tokens=tokens, tokens_per_second=round(tokens / seconds),
-                    share_of_peak=round(share, 3))
+                say(
+                    "block_forward",
+                    kind=kind,
+                    tokens=tokens,
+                    tokens_per_second=round(tokens / seconds),
+                    share_of_peak=round(share, 3),
+                )
 
     def quantize(self) -> None:
         """Hessian, factorisation and solve of each group of one block, and 80 blocks of that."""
@@ -102,9 +107,13 @@ class Bench:
             for name in group:
                 weight = self.weight(name)
                 stages["solve"] += self.once(lambda w=weight, f=found: solve(w, f[0], settings))
-        say("quantize_block", tokens=self.calibration_tokens, peak_gib=self.peak_memory(),
+        say(
+            "quantize_block",
+            tokens=self.calibration_tokens,
+            peak_gib=self.peak_memory(),
             eighty_blocks_minutes=round(sum(stages.values()) * 80 / 60, 1),
-            **{f"{stage}_seconds": round(seconds, 2) for stage, seconds in stages.items()})
+            **{f"{stage}_seconds": round(seconds, 2) for stage, seconds in stages.items()},
+        )
 
     def block(self, packed: bool) -> Block:
         """A block of random weights."""

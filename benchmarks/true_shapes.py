@@ -52,9 +52,22 @@ def main() -> int:
         write_checkpoint(model, arguments.layers, arguments.divide, arguments.seed)
     shutil.rmtree(output, ignore_errors=True)
     command = [
-        sys.executable, str(ROOT / "quantize" / "run.py"), "--model", str(model), "--output", str(output), "--json",
-        "--dtype", "bfloat16", "--rows", str(arguments.rows), "--parity-pairs", str(arguments.parity_pairs),
-        "--max-tokens", str(arguments.max_tokens), *arguments.extra,
+        sys.executable,
+        str(ROOT / "quantize" / "run.py"),
+        "--model",
+        str(model),
+        "--output",
+        str(output),
+        "--json",
+        "--dtype",
+        "bfloat16",
+        "--rows",
+        str(arguments.rows),
+        "--parity-pairs",
+        str(arguments.parity_pairs),
+        "--max-tokens",
+        str(arguments.max_tokens),
+        *arguments.extra,
     ]
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     sys.stderr.write(run.stderr)
@@ -87,11 +100,21 @@ def write_checkpoint(directory: Path, layers: int, divide: int, seed: int) -> No
     for file in demo.tokenizer_files():
         shutil.copyfile(file, directory / file.name)
     config = {
-        "architectures": ["Qwen2ForRewardModel"], "model_type": "qwen2", "hidden_act": "silu",
-        "hidden_size": 8192 // divide, "intermediate_size": 29568 // divide, "num_hidden_layers": layers,
-        "num_attention_heads": 64 // min(divide, 8), "num_key_value_heads": 8 // min(divide, 8),
-        "vocab_size": demo.architecture.vocab_size, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0, "tie_word_embeddings": False, "use_sliding_window": False, "dtype": "bfloat16",
+        "architectures": ["Qwen2ForRewardModel"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": 8192 // divide,
+        "intermediate_size": 29568 // divide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64 // min(divide, 8),
+        "num_key_value_heads": 8 // min(divide, 8),
+        "vocab_size": demo.architecture.vocab_size,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "dtype": "bfloat16",
     }
     architecture = Architecture.from_config(config)
     generator = torch.Generator().manual_seed(seed)
@@ -149,8 +172,13 @@ def project(tokens: int = 262_144, blocks: int = 80) -> dict:
     """80 blocks on an H100 with 262,144 calibration tokens, by the plan's own operation counts."""
     architecture = Architecture(8192, 29568, blocks, 64, 8, 128, 152064, 32768, 1e-6, 1e6, torch.bfloat16)
     plan = Plan(
-        architecture, Quantization("gptq", 4, 128), Load(tokens, 0, 16384), calibrated=True, matmul_bytes=2,
-        prefetch=True, device="cuda:0",
+        architecture,
+        Quantization("gptq", 4, 128),
+        Load(tokens, 0, 16384),
+        calibrated=True,
+        matmul_bytes=2,
+        prefetch=True,
+        device="cuda:0",
     )
     stages = {name: work / H100[name] for name, work in plan.work().items()}
     stages["Hessians"] *= 9 / 16

@@ -64,7 +64,9 @@ def main() -> int:
     tokens = sum(len(row.token_ids) for row in pairs)
     print(f"{len(pairs) // 2} pairs, {tokens:,} tokens", file=sys.stderr)
     reference = score(arguments, "reference", arguments.model, pairs)["repaired"]
-    rows = {"plain bf16": (measure_figures(reference, score(arguments, "floor", arguments.model, pairs)["repaired"]), None)}
+    rows = {
+        "plain bf16": (measure_figures(reference, score(arguments, "floor", arguments.model, pairs)["repaired"]), None)
+    }
     seconds = {}
     for name in arguments.only or VARIANTS:
         directory, seconds[name] = make(arguments, name)
@@ -73,11 +75,16 @@ def main() -> int:
         print_table({name: rows[name]})
     print_table(rows)
     result = {
-        "model": arguments.model, "pairs": len(pairs) // 2, "tokens": tokens, "dtype": arguments.dtype,
+        "model": arguments.model,
+        "pairs": len(pairs) // 2,
+        "tokens": tokens,
+        "dtype": arguments.dtype,
         "variants": {
             name: {
-                "arguments": VARIANTS.get(name, []), "quantize_seconds": seconds.get(name),
-                "repaired": repaired.model_dump(), "original_head": original.model_dump() if original else None,
+                "arguments": VARIANTS.get(name, []),
+                "quantize_seconds": seconds.get(name),
+                "repaired": repaired.model_dump(),
+                "original_head": original.model_dump() if original else None,
             }
             for name, (repaired, original) in rows.items()
         },

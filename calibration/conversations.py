@@ -61,17 +61,13 @@ class Rows:
     source: str
     pairs: list[PreferencePair] = field(default_factory=list)
     conversations: list[Conversation] = field(default_factory=list)
-    counts: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("read", "empty", "duplicate", "tied"), 0)
-    )
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("read", "empty", "duplicate", "tied"), 0))
 
     def summary(self) -> str:
         """One line for people."""
         kinds = {"pairs": len(self.pairs), "single conversations": len(self.conversations)}
         kept = " and ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count) or "nothing usable"
-        left_out = [
-            f"{self.counts[key]:,} {key}" for key in ("empty", "duplicate", "tied") if self.counts[key]
-        ]
+        left_out = [f"{self.counts[key]:,} {key}" for key in ("empty", "duplicate", "tied") if self.counts[key]]
         return f"{self.source}: {kept}" + (f" (left out: {', '.join(left_out)})" if left_out else "")
 
 
@@ -87,9 +83,7 @@ def load_rows(source: str | Path | None = None) -> Rows:
         ConversationError: the source does not exist or cannot be fetched, a row is broken, or none is usable.
     """
     files = list_files(source)
-    rows = collect_rows(
-        (row for file in files for row in read_rows(file)), str(source or "bundled conversations")
-    )
+    rows = collect_rows((row for file in files for row in read_rows(file)), str(source or "bundled conversations"))
     if not rows.counts["read"]:
         raise ConversationError(f"{rows.source} is empty; at least one row of preference data was expected.")
     if not rows.pairs and not rows.conversations:
@@ -107,9 +101,7 @@ def collect_rows(placed_rows: Iterable[tuple[str, Any]], source: str) -> Rows:
         except EmptyConversationError:
             rows.counts["empty"] += 1
             continue
-        row = (
-            parsed if isinstance(parsed, PreferencePair) else Conversation(parsed, read_category(raw), where)
-        )
+        row = parsed if isinstance(parsed, PreferencePair) else Conversation(parsed, read_category(raw), where)
         if row.id in seen:
             rows.counts["duplicate"] += 1
         elif isinstance(row, Conversation):
@@ -143,10 +135,7 @@ def _files_below(directory: Path) -> list[Path]:
     files = [
         path
         for path in sorted(directory.rglob("*"))
-        if is_row_file(path)
-        and path.is_file()
-        and path.name not in _NOT_ROWS
-        and not path.name.startswith(".")
+        if is_row_file(path) and path.is_file() and path.name not in _NOT_ROWS and not path.name.startswith(".")
     ]
     if not files:
         raise ConversationError(f"{directory} holds no file that ends in {', '.join(SUFFIXES)}.")

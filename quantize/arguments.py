@@ -62,7 +62,9 @@ def default_output(model: str, method: str, bits: int) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=_program(), description=DESCRIPTION, epilog=EXAMPLES,
+        prog=_program(),
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_main(parser.add_argument_group("what"))
@@ -81,38 +83,72 @@ def _program() -> str:
 def _add_main(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="a directory, a hub id such as Qwen/WorldPM-72B, or `demo` (default)")
     group.add_argument("--bits", type=int, choices=(4, 8), help="bits per weight, scales not counted (default 4)")
-    group.add_argument("--method", choices=METHODS, default="gptq",
-                       help="gptq (default); nf4 or int8: bitsandbytes layouts, no calibration; rtn: round to "
-                       "nearest, the baseline")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="gptq",
+        help="gptq (default); nf4 or int8: bitsandbytes layouts, no calibration; rtn: round to nearest, the baseline",
+    )
     group.add_argument("--output", type=Path, help="directory to make (default output/NAME-METHOD-BITS)")
     group.add_argument("--resume", action="store_true", help="go on with the job that --output holds")
-    group.add_argument("--dry-run", action="store_true",
-                       help="print the plan and stop; --model may then be a bare config.json")
+    group.add_argument(
+        "--dry-run", action="store_true", help="print the plan and stop; --model may then be a bare config.json"
+    )
 
 
 def _add_rows(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--calibration", metavar="FILE",
-                       help="preference pairs: JSONL, JSON or Parquet in TRL's formats, or a hub dataset id "
-                       "(default: the bundled pairs)")
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="preference pairs: JSONL, JSON or Parquet in TRL's formats, or a hub dataset id "
+        "(default: the bundled pairs)",
+    )
     group.add_argument("--rows", type=int, default=64, help="conversations to calibrate on (default %(default)s)")
-    group.add_argument("--parity-pairs", type=int, default=64, metavar="N",
-                       help="pairs to compare scores on, none of whose prompts is calibrated on (default %(default)s)")
-    group.add_argument("--max-tokens", type=int, metavar="N",
-                       help="leave out longer conversations (default: the model's positions); none is ever cut")
+    group.add_argument(
+        "--parity-pairs",
+        type=int,
+        default=64,
+        metavar="N",
+        help="pairs to compare scores on, none of whose prompts is calibrated on (default %(default)s)",
+    )
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="leave out longer conversations (default: the model's positions); none is ever cut",
+    )
     group.add_argument("--seed", type=int, default=0, help="which rows are drawn (default %(default)s)")
 
 
 def _add_solver(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--group-size", type=int, default=128, metavar="N",
-                       help="input columns that share a scale, -1 for all (default %(default)s; a smaller one is "
-                       "taken, and reported, where it does not divide the model's widths)")
+    group.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        metavar="N",
+        help="input columns that share a scale, -1 for all (default %(default)s; a smaller one is "
+        "taken, and reported, where it does not divide the model's widths)",
+    )
     group.add_argument("--asymmetric", action="store_true", help="give each group a zero point of its own")
-    group.add_argument("--desc-act", action="store_true",
-                       help="group columns in activation order too (a permuted g_idx; slower in most engines)")
-    group.add_argument("--damp-percent", type=float, default=0.01, metavar="P",
-                       help="share of the Hessian's mean diagonal added to it (default %(default)s)")
-    group.add_argument("--scored-share", type=float, default=1 / 32, metavar="P",
-                       help="share of a row's weight that the scored token carries (default 1/32; 0: all tokens alike)")
+    group.add_argument(
+        "--desc-act",
+        action="store_true",
+        help="group columns in activation order too (a permuted g_idx; slower in most engines)",
+    )
+    group.add_argument(
+        "--damp-percent",
+        type=float,
+        default=0.01,
+        metavar="P",
+        help="share of the Hessian's mean diagonal added to it (default %(default)s)",
+    )
+    group.add_argument(
+        "--scored-share",
+        type=float,
+        default=1 / 32,
+        metavar="P",
+        help="share of a row's weight that the scored token carries (default 1/32; 0: all tokens alike)",
+    )
     group.add_argument("--no-static-groups", action="store_true", help="choose scales when a group is entered")
     group.add_argument("--no-activation-order", action="store_true", help="solve columns in their stored order")
     group.add_argument("--no-importance-scales", action="store_true", help="plain min-max scales")
@@ -121,19 +157,29 @@ def _add_solver(group: argparse._ArgumentGroup) -> None:
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", default="auto", help="auto (default), cpu, or cuda:N")
-    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                       help="inputs of matrix products; the residual stream is float32 always "
-                       "(default: float32 on cpu, bfloat16 on cuda)")
-    group.add_argument("--token-budget", type=int, default=2048, metavar="N",
-                       help="tokens a batch (default %(default)s)")
-    group.add_argument("--ram-budget", type=_bytes, metavar="SIZE",
-                       help="most host memory to use, such as 48GiB (default: what is available)")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="inputs of matrix products; the residual stream is float32 always "
+        "(default: float32 on cpu, bfloat16 on cuda)",
+    )
+    group.add_argument(
+        "--token-budget", type=int, default=2048, metavar="N", help="tokens a batch (default %(default)s)"
+    )
+    group.add_argument(
+        "--ram-budget",
+        type=_bytes,
+        metavar="SIZE",
+        help="most host memory to use, such as 48GiB (default: what is available)",
+    )
 
 
 def _add_report(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--min-agreement", type=float, metavar="P", help="exit 1 when pair agreement is below P")
-    group.add_argument("--max-shift", type=float, metavar="S",
-                       help="exit 1 when the mean absolute shift exceeds S standard deviations")
+    group.add_argument(
+        "--max-shift", type=float, metavar="S", help="exit 1 when the mean absolute shift exceeds S standard deviations"
+    )
     group.add_argument("--json", action="store_true", help="end with one JSON line of figures")
 
 

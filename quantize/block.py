@@ -65,7 +65,12 @@ class PackedBlock:
 
 
 def quantize_block(
-    block: Block, stream: Stream, calibration: Sequence[int], parity: Sequence[int], index: int, recipe: Recipe,
+    block: Block,
+    stream: Stream,
+    calibration: Sequence[int],
+    parity: Sequence[int],
+    index: int,
+    recipe: Recipe,
     watch: Watch,
 ) -> PackedBlock:
     """Replace the linears of `block` one group after another, and push `stream` through what comes of it.
@@ -165,8 +170,13 @@ class _Packer:
             packed = pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, self.recipe.bits)
             self.seconds["pack"] += time.perf_counter() - start - elapsed
             figures = LinearFigures(
-                solved.loss, solved.relative_loss, _decibels(solved.relative_loss), solved.damp, solved.dead_columns,
-                list(solved.notes), elapsed,
+                solved.loss,
+                solved.relative_loss,
+                _decibels(solved.relative_loss),
+                solved.damp,
+                solved.dead_columns,
+                list(solved.notes),
+                elapsed,
             )
             self._replace(name, packed, figures)
 

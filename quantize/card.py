@@ -43,7 +43,11 @@ def render_card(recipe: Recipe, model: str, description: str, report: ParityRepo
     settings = {name: value for name, value in vars(recipe).items() if name not in ("model", "conversations")}
     rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     return CARD.format(
-        model=model, method=recipe.method, description=description, version=kit, settings=rows,
+        model=model,
+        method=recipe.method,
+        description=description,
+        version=kit,
+        settings=rows,
         parity=_parity(report) if report else "Not measured: there were no preference pairs to compare on.",
     )
 

@@ -123,7 +123,5 @@ def _cholesky_in_place(matrix: Tensor) -> bool:
         if failed.item():
             return False
         panel[:, : stop - start] = root
-        panel[:, stop - start :] = torch.linalg.solve_triangular(
-            root.T, panel[:, stop - start :], upper=False
-        )
+        panel[:, stop - start :] = torch.linalg.solve_triangular(root.T, panel[:, stop - start :], upper=False)
     return True

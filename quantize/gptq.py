@@ -65,9 +65,7 @@ class SolvedLinear:
         return -10 * math.log10(self.relative_loss) if self.relative_loss > 0 else math.inf
 
 
-def solve(
-    weight: Tensor, factor: Factor, settings: GPTQSettings, name: str = "a linear layer"
-) -> SolvedLinear:
+def solve(weight: Tensor, factor: Factor, settings: GPTQSettings, name: str = "a linear layer") -> SolvedLinear:
     """Quantize weight [N, K] under the Hessian that `factor` was made of, on the factor's device.
 
     Raises:
@@ -80,9 +78,7 @@ def solve(
     work = weight.T[columns].float()  # [K, N]: w, and w - q in the rows that are solved
     energy = factor.energy(work)
     if not math.isfinite(energy):
-        raise NonFiniteError(
-            f"{name}: a weight is NaN or infinite; the checkpoint is damaged, fetch it again."
-        )
+        raise NonFiniteError(f"{name}: a weight is NaN or infinite; the checkpoint is damaged, fetch it again.")
     grid = _Grid(weight, factor, settings)
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     loss = torch.zeros((), dtype=torch.float64, device=work.device)
@@ -134,9 +130,7 @@ class _Grid:
         self.g_idx[grouping] = torch.arange(in_features, dtype=torch.int32, device=weight.device) // size
         self._group_of = self.g_idx[factor.columns].long()
         if self.static:
-            self.scales, self.zeros = self._choose(
-                weight[:, grouping] if settings.desc_act else weight, grouping, size
-            )
+            self.scales, self.zeros = self._choose(weight[:, grouping] if settings.desc_act else weight, grouping, size)
         else:
             groups = -(-in_features // size)
             self.scales = torch.empty(groups, out_features, dtype=torch.float16, device=weight.device)
@@ -167,9 +161,7 @@ def _updated_weights(block: Tensor, target: Tensor, square: Tensor) -> Tensor:
     return block + shift
 
 
-def _solve_block(
-    square: Tensor, target: Tensor, work: Tensor, zero: Tensor, scale: Tensor, top: int
-) -> Tensor:
+def _solve_block(square: Tensor, target: Tensor, work: Tensor, zero: Tensor, scale: Tensor, top: int) -> Tensor:
     """Codes fp32 [B, N] of one block, last row first.
 
     Args:

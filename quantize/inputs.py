@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -53,8 +52,12 @@ def read_inputs(arguments: Namespace, model: str) -> Inputs:
     renderer = Renderer.from_directory(checkpoint.directory, architecture.max_position_embeddings)
     rows = load_rows(arguments.calibration)
     drawn = sample(
-        rows, renderer, rows_wanted=arguments.rows, parity_pairs=arguments.parity_pairs,
-        max_tokens=arguments.max_tokens, seed=arguments.seed,
+        rows,
+        renderer,
+        rows_wanted=arguments.rows,
+        parity_pairs=arguments.parity_pairs,
+        max_tokens=arguments.max_tokens,
+        seed=arguments.seed,
     )
     recipe, notes = _make_recipe(arguments, architecture, checkpoint.fingerprint(), drawn.fingerprint())
     conversations = [row.rendered for row in drawn.calibration]
@@ -76,9 +79,7 @@ def plan_without_weights(arguments: Namespace, model: str) -> Plan:
         for conversation in (pair.chosen_conversation, pair.rejected_conversation)
     ]
     mean = sum(lengths) / max(1, len(lengths))
-    load = Load(
-        int(mean * arguments.rows), int(mean * 2 * arguments.parity_pairs), recipe.token_budget, estimated=True
-    )
+    load = Load(int(mean * arguments.rows), int(mean * 2 * arguments.parity_pairs), recipe.token_budget, estimated=True)
     return _make_plan(architecture, recipe, load)
 
 

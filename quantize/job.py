@@ -131,8 +131,11 @@ def refuse_foreign(output: Path) -> None:
 
 
 def _lock(output: Path) -> IO[str]:
-    (output / "job").mkdir(parents=True, exist_ok=True)
-    lock = open(output / "job" / "lock", "w")  # noqa: SIM115 - held as long as the job is
+    try:
+        (output / "job").mkdir(parents=True, exist_ok=True)
+        lock = open(output / "job" / "lock", "w")  # noqa: SIM115 - held as long as the job is
+    except OSError as error:
+        raise JobError(f"{output} cannot be written to: {error.strerror}; choose another --output.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

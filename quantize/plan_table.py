@@ -27,14 +27,23 @@ def plan_rows(plan: Plan, model: str, output: Path) -> list[tuple[str, str]]:
     about = "about " if load.estimated else ""
     group = f" in groups of {quantization.group_size}" if quantization.group_size > 0 else ""
     rows = [
-        ("model", f"{model}: {architecture.num_hidden_layers} blocks, hidden {architecture.hidden_size}, "
-                  f"{plan.block_weights * architecture.num_hidden_layers / 1e9:.2f} G weights in blocks"),
+        (
+            "model",
+            f"{model}: {architecture.num_hidden_layers} blocks, hidden {architecture.hidden_size}, "
+            f"{plan.block_weights * architecture.num_hidden_layers / 1e9:.2f} G weights in blocks",
+        ),
         ("method", f"{quantization.method}, {quantization.bits} bits{group}, {plan.bits_per_weight:.2f} bits a weight"),
         ("tokens", f"{about}{load.calibration_tokens:,} to calibrate on, {about}{load.parity_tokens:,} to compare on"),
-        ("disk", f"reads {_size(plan.disk_read)} once, writes {_size(plan.disk_written)} and, until the end, "
-                 f"{_size(plan.stream_bytes)} of activations"),
+        (
+            "disk",
+            f"reads {_size(plan.disk_read)} once, writes {_size(plan.disk_written)} and, until the end, "
+            f"{_size(plan.stream_bytes)} of activations",
+        ),
         ("activations", f"memory-mapped files in {output / 'job' / 'streams'}"),
-        ("peak memory", f"{_size(plan.host_peak)}, with the next block {'read ahead' if plan.prefetch else 'not read ahead'}"),
+        (
+            "peak memory",
+            f"{_size(plan.host_peak)}, with the next block {'read ahead' if plan.prefetch else 'not read ahead'}",
+        ),
     ]
     if plan.gpu_peak:
         rows.append(("peak on the GPU", f"{_size(plan.gpu_peak)} on {plan.device}"))

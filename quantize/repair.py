@@ -139,9 +139,7 @@ def _refit(components: int) -> Callable[[ScoreHead, Evidence], ScoreHead]:
         residual = evidence.reference_scores - head.score(features)
         # Shrinking by the last kept component's own energy keeps weak directions from fitting noise.
         step = right.T @ (left.T @ residual * sizes / (sizes.square() + sizes[-1:].square()))
-        return replace(
-            head, score_2_weight=head.score_2_weight + step, score_2_bias=head.score_2_bias - mean @ step
-        )
+        return replace(head, score_2_weight=head.score_2_weight + step, score_2_bias=head.score_2_bias - mean @ step)
 
     return fit
 

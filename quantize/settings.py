@@ -38,9 +38,7 @@ class GPTQSettings:
         if self.bits not in (4, 8):
             raise PlanError(f"bits is {self.bits}; the GPTQ formats that readers share are 4 and 8.")
         if self.group_size != -1 and self.group_size < 1:
-            raise PlanError(
-                f"group_size is {self.group_size}; give a positive size, or -1 for one group a row."
-            )
+            raise PlanError(f"group_size is {self.group_size}; give a positive size, or -1 for one group a row.")
         if not 0 <= self.damp_percent <= 1:
             raise PlanError(f"damp_percent is {self.damp_percent}; it is a fraction between 0 and 1.")
         if self.desc_act and not self.activation_order:

@@ -48,8 +48,13 @@ class Streams:
 
         def stream(name: str, batches: list, dtype: torch.dtype) -> Stream:
             return Stream(
-                batches, architecture.hidden_size, dtype,
-                device=device, directory=directory if batches else None, name=name, finished_blocks=finished_blocks,
+                batches,
+                architecture.hidden_size,
+                dtype,
+                device=device,
+                directory=directory if batches else None,
+                name=name,
+                finished_blocks=finished_blocks,
             )
 
         everything = calibration_batches + parity_batches

@@ -21,8 +21,14 @@ from runtime.sweep import read_blocks
 
 
 def sweep(
-    job: Job, checkpoint: Checkpoint, recipe: Recipe, streams: Streams, writer: Writer, progress: BlockProgress,
-    *, prefetch: bool,
+    job: Job,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    streams: Streams,
+    writer: Writer,
+    progress: BlockProgress,
+    *,
+    prefetch: bool,
 ) -> None:
     """Quantize every block that the job has not finished.
 
@@ -50,9 +56,7 @@ def sweep(
         progress.block_done()
 
 
-def _pass_block(
-    streams: Streams, tensors: Tensors, index: int, recipe: Recipe, progress: BlockProgress
-) -> PackedBlock:
+def _pass_block(streams: Streams, tensors: Tensors, index: int, recipe: Recipe, progress: BlockProgress) -> PackedBlock:
     """Push the reference through the block, then quantize it and push the quantized stream through that."""
     start = time.perf_counter()
     streams.advance_reference(tensors, index)
@@ -83,6 +87,4 @@ def refuse_non_finite(tensors: Tensors, prefix: str = "") -> None:
     for name, tensor in tensors.items():
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # a NaN is both least and greatest
             count = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteError(
-                f"{prefix}{name} has {count} non-finite values; download that shard again."
-            )
+            raise NonFiniteError(f"{prefix}{name} has {count} non-finite values; download that shard again.")

@@ -83,7 +83,7 @@ class Architecture:
 
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensors of one unquantized block, named without their `model.layers.N.` prefix."""
-        shapes: dict[str, tuple[int, ...]] = {name: (self.hidden_size,) for name in BLOCK_NORMS}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(BLOCK_NORMS, (self.hidden_size,))
         for name in BLOCK_LINEARS:
             out_features, in_features = self.linear_shape(name)
             shapes[f"{name}.weight"] = (out_features, in_features)

@@ -89,9 +89,7 @@ def markdown_style(pair: PairScores) -> str:
     return MARKDOWN[1 - (chosen > rejected) + (chosen < rejected)]
 
 
-def _groups(
-    pairs: Sequence[PairScores], name_of: Callable[[PairScores], str], names: Sequence[str]
-) -> list[Group]:
+def _groups(pairs: Sequence[PairScores], name_of: Callable[[PairScores], str], names: Sequence[str]) -> list[Group]:
     unit = _unit(pairs)
     members: dict[str, list[PairScores]] = {name: [] for name in names}
     for pair in pairs:

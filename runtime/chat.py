@@ -124,8 +124,9 @@ class Renderer:
     def _encode(self, messages: list[Message]) -> list[int]:
         """Render, split at the template's special tokens, encode the text between them."""
         mark = _unused_character(messages)
-        shielded = [{**m, "content": self._special_pattern.sub(lambda s: _shield(s[0], mark), m["content"])}
-                    for m in messages]
+        shielded = [
+            {**m, "content": self._special_pattern.sub(lambda s: _shield(s[0], mark), m["content"])} for m in messages
+        ]
         token_ids: list[int] = []
         for piece in self._special_pattern.split(self._render_text(shielded)):
             if piece in self._special_ids:
@@ -142,8 +143,11 @@ class Renderer:
             raise ConversationError(f"the chat template refuses this conversation: {error}") from error
 
     def _check_template(self, where: str) -> None:
-        probe = [{"role": "system", "content": ""}, {"role": "user", "content": "a"},
-                 {"role": "assistant", "content": "b"}]
+        probe = [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]
         if not self._render_text(probe).rstrip().endswith(SCORED_TOKEN):
             raise CheckpointError(
                 f"{where}: the chat template does not end a conversation with {SCORED_TOKEN}, the token that is "
@@ -169,6 +173,7 @@ def _shield(special: str, mark: str) -> str:
 
 def _compile_template(template: str, where: str) -> jinja2.Template:
     """As transformers compiles it: sandboxed, since a template comes from outside."""
+
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 

@@ -64,9 +64,7 @@ class Checkpoint:
             CheckpointError: as `read`, or a packed linear contradicts itself.
         """
         prefix = block_prefix(index)
-        block = {
-            name.removeprefix(prefix): self.read(name) for name in self.tensors if name.startswith(prefix)
-        }
+        block = {name.removeprefix(prefix): self.read(name) for name in self.tensors if name.startswith(prefix)}
         if self.quantization is not None:
             _check_packed(block, self.architecture, self.quantization, f"{self.name}: {prefix}")
         return block
@@ -96,16 +94,12 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     directory = _find(source)
     config, architecture, quantization = _read_config(directory / "config.json")
     shards = _open_shards(directory)
-    stored = {
-        name: tensor for shard in shards for name, tensor in shard.tensors.items() if not is_ignored(name)
-    }
+    stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items() if not is_ignored(name)}
     check_layout(stored, architecture, quantization, str(directory))
     checkpoint = Checkpoint(directory, _name(source), config, architecture, quantization, stored, shards)
     for name in HEAD_TENSORS:
         if not bool(checkpoint.read(name).isfinite().all()):
-            raise CheckpointError(
-                f"{directory}: {name} holds a NaN or an infinity; fetch or train the model again."
-            )
+            raise CheckpointError(f"{directory}: {name} holds a NaN or an infinity; fetch or train the model again.")
     return checkpoint
 
 
@@ -133,9 +127,7 @@ def _find(source: str | Path, files: tuple[str, ...] | None = None) -> Path:
         raise CheckpointError(f"{path} is a file; name the directory of the checkpoint.")
     if isinstance(source, str) and is_hub_id(source):
         return download(source) if files is None else download(source, files)
-    raise CheckpointError(
-        f"{path} does not exist; name a checkpoint's directory, a hub id (owner/name) or `demo`."
-    )
+    raise CheckpointError(f"{path} does not exist; name a checkpoint's directory, a hub id (owner/name) or `demo`.")
 
 
 def _name(source: str | Path) -> str:
@@ -200,9 +192,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
         if not plain:
-            raise CheckpointError(
-                f"{path} puts {name} in {file!r}; a .safetensors file beside the index was expected."
-            )
+            raise CheckpointError(f"{path} puts {name} in {file!r}; a .safetensors file beside the index was expected.")
     return weight_map
 
 
@@ -211,9 +201,7 @@ def _check_index(weight_map: dict[str, str], shards: tuple[Shard, ...], path: Pa
         for name in shard.tensors:
             if weight_map.get(name) != shard.file.name:
                 listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
-                raise CheckpointError(
-                    f"{shard.file.name} holds {name}, but {path} {listed}; fetch both again."
-                )
+                raise CheckpointError(f"{shard.file.name} holds {name}, but {path} {listed}; fetch both again.")
     held = {name for shard in shards for name in shard.tensors}
     absent = sorted(weight_map.keys() - held)
     if absent:
@@ -240,6 +228,4 @@ def _check_packed(
             except CheckpointError as error:
                 raise CheckpointError(f"{where}{linear}.{error}") from error
         elif int(block[f"{linear}.weight_format"]) != 0:
-            raise CheckpointError(
-                f"{where}{linear}.weight_format is not 0 (row order); save the model again."
-            )
+            raise CheckpointError(f"{where}{linear}.weight_format is not 0 (row order); save the model again.")

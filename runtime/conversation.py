@@ -83,9 +83,7 @@ def parse_row(row: Any, where: str = "") -> PreferencePair | list[Message]:
         ConversationError: it is no row; the message has `where`, what was found and what was expected.
     """
     if not isinstance(row, dict):
-        raise ConversationError(
-            f"{_at(where)}the row is {_found(row)}; an object such as {PAIR_SHAPE} was expected."
-        )
+        raise ConversationError(f"{_at(where)}the row is {_found(row)}; an object such as {PAIR_SHAPE} was expected.")
     row = {key: value for key, value in row.items() if value is not None}  # a null column is an absent one
     if "chosen" in row or "rejected" in row:
         return _parse_pair(row, where)
@@ -94,8 +92,7 @@ def parse_row(row: Any, where: str = "") -> PreferencePair | list[Message]:
         check_conversation(messages, where)
         return messages
     raise ConversationError(
-        f"{_at(where)}the row has {_keys(row)}; {PAIR_SHAPE}, "
-        f"or {MESSAGES_SHAPE} for calibration alone, was expected."
+        f"{_at(where)}the row has {_keys(row)}; {PAIR_SHAPE}, or {MESSAGES_SHAPE} for calibration alone, was expected."
     )
 
 
@@ -126,24 +123,18 @@ def check_conversation(messages: Any, where: str = "") -> None:
         ConversationError: any other fault, by the message's index.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise ConversationError(
-            f"{_at(where)}messages is {_found(messages)}; a list of messages was expected."
-        )
+        raise ConversationError(f"{_at(where)}messages is {_found(messages)}; a list of messages was expected.")
     for index, message in enumerate(messages):
         _check_message(message, f"messages[{index}]", where)
         if message["role"] == "system" and index > 0:
-            raise ConversationError(
-                f"{_at(where)}messages[{index}] is a system turn; only the first turn may be one."
-            )
+            raise ConversationError(f"{_at(where)}messages[{index}] is a system turn; only the first turn may be one.")
     if messages[-1]["role"] != "assistant":
         raise ConversationError(
             f"{_at(where)}the last turn is the {messages[-1]['role']}'s; the response to score, "
             "an assistant turn, was expected there."
         )
     if all(message["role"] != "user" for message in messages):
-        raise ConversationError(
-            f"{_at(where)}no turn is the user's; the response needs something it responds to."
-        )
+        raise ConversationError(f"{_at(where)}no turn is the user's; the response needs something it responds to.")
     if not messages[-1]["content"].strip():
         raise EmptyConversationError(f"{_at(where)}the response is blank; give it text or leave the row out.")
 
@@ -151,9 +142,7 @@ def check_conversation(messages: Any, where: str = "") -> None:
 def _parse_pair(row: dict[str, Any], where: str) -> PreferencePair:
     for key in ("chosen", "rejected"):
         if key not in row:
-            raise ConversationError(
-                f"{_at(where)}the row has {_keys(row)} but no {key!r}; a pair is {PAIR_SHAPE}."
-            )
+            raise ConversationError(f"{_at(where)}the row has {_keys(row)} but no {key!r}; a pair is {PAIR_SHAPE}.")
     chosen = _read_messages(row["chosen"], "chosen", "assistant", where)
     rejected = _read_messages(row["rejected"], "rejected", "assistant", where)
     prompt = _read_messages(row["prompt"], "prompt", "user", where) if row.get("prompt", []) != [] else []
@@ -212,9 +201,7 @@ def _check_message(message: Any, name: str, where: str) -> None:
         )
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        raise ConversationError(
-            f"{_at(where)}{name} has role {_found(role)}; one of {', '.join(ROLES)} was expected."
-        )
+        raise ConversationError(f"{_at(where)}{name} has role {_found(role)}; one of {', '.join(ROLES)} was expected.")
     if not isinstance(content, str):
         raise ConversationError(f"{_at(where)}the content of {name} is {_found(content)}; text was expected.")
     try:

@@ -30,17 +30,13 @@ def download(model_id: str, files: tuple[str, ...] = ALLOWED_FILES) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(model_id, allow_patterns=list(files), ignore_patterns=["*/*"])
-        )
+        return Path(huggingface_hub.snapshot_download(model_id, allow_patterns=list(files), ignore_patterns=["*/*"]))
     except GatedRepoError as error:
         reason = "its owner asks users to accept terms; do so on its page, then log in with `hf auth login`"
         raise CheckpointError(f"{model_id} cannot be downloaded: {reason}.") from error
     except RepositoryNotFoundError as error:
         reason = "check the spelling, or log in with `hf auth login` if it is private"
-        raise CheckpointError(
-            f"{model_id} is neither a directory here nor a model on the hub; {reason}."
-        ) from error
+        raise CheckpointError(f"{model_id} is neither a directory here nor a model on the hub; {reason}.") from error
     except Exception as error:  # every network library under the hub client raises its own kinds
         raise CheckpointError(
             f"{model_id} is no directory here and could not be downloaded ({type(error).__name__}); run the "

@@ -45,12 +45,7 @@ def check_layout(
     expected = expected_tensors(architecture, quantization)
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
-    misfits = [
-        fault
-        for name in expected
-        if name in tensors
-        for fault in _misfit(name, tensors[name], expected[name])
-    ]
+    misfits = [fault for name in expected if name in tensors for fault in _misfit(name, tensors[name], expected[name])]
     if not (missing or unexpected or misfits):
         return
     parts = [
@@ -78,9 +73,7 @@ def expected_tensors(architecture: Architecture, quantization: Quantization | No
             suffixes = ("weight", "bias") if name in BIASED_LINEARS else ("weight",)
             block |= {f"{name}.{suffix}": (plain, shapes[f"{name}.{suffix}"]) for suffix in suffixes}
         else:
-            stored = quantization.linear_tensors(
-                *architecture.linear_shape(name), bias=name in BIASED_LINEARS
-            )
+            stored = quantization.linear_tensors(*architecture.linear_shape(name), bias=name in BIASED_LINEARS)
             block |= {f"{name}.{suffix}": entry for suffix, entry in stored.items()}
     blocks = range(architecture.num_hidden_layers)
     return outer | {block_prefix(index) + name: entry for index in blocks for name, entry in block.items()}

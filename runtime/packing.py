@@ -46,9 +46,7 @@ def pack_gptq(
     qzeros = _pack(zeros, bits)
     if checkpoint_format == "gptq":
         if not bool((zeros > 0).all()):
-            raise ValueError(
-                "GPTQ format v1 has no unambiguous form for a zero of 0; keep zeros at 1 or above"
-            )
+            raise ValueError("GPTQ format v1 has no unambiguous form for a zero of 0; keep zeros at 1 or above")
         qzeros = qzeros - _ONES[bits]
     stored_scales = scales.to(torch.float16)
     if not bool(stored_scales.isfinite().all()):
@@ -61,9 +59,7 @@ def pack_gptq(
     }
 
 
-def unpack_gptq(
-    tensors: Mapping[str, Tensor], bits: int, checkpoint_format: str = "gptq"
-) -> tuple[Tensor, Tensor]:
+def unpack_gptq(tensors: Mapping[str, Tensor], bits: int, checkpoint_format: str = "gptq") -> tuple[Tensor, Tensor]:
     """Codes uint8 [K, N] and true zeros uint8 [G, N] of a packed linear."""
     zeros = _unpack_zeros(tensors["qzeros"], bits, checkpoint_format)
     return _unpack(tensors["qweight"].t(), bits).t(), zeros
@@ -127,9 +123,7 @@ def nf4_absmax(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
     return deviations + state["nested_offset"]
 
 
-def dequantize_nf4(
-    tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32
-) -> Tensor:
+def dequantize_nf4(tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Weight [N, K] = `shape`: each code's table value times its block's absmax, rounded to `dtype`.
 
     Raises:

@@ -205,9 +205,7 @@ def read_report(path: str | Path) -> ParityReport:
     except (ValueError, KeyError, TypeError) as error:
         raise KitError(f"{path} is no parity report ({error!r}); name a parity.json of this kit.") from error
     if version != SCHEMA_VERSION:
-        raise KitError(
-            f"{path}: schema_version is {version!r}, this kit reads {SCHEMA_VERSION}; measure parity again."
-        )
+        raise KitError(f"{path}: schema_version is {version!r}, this kit reads {SCHEMA_VERSION}; measure parity again.")
     try:
         return ParityReport.model_validate_json(path.read_bytes())
     except ValidationError as error:

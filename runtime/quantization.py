@@ -211,9 +211,7 @@ def _bitsandbytes_from_config(config: dict[str, Any], where: str) -> Quantizatio
         raise _unsupported(where, "load_in_4bit", config.get("load_in_4bit"), "true, or load_in_8bit true")
     _choice(config, "bnb_4bit_quant_type", ("nf4",), "fp4", where)  # bitsandbytes' own default is fp4
     _choice(config, "bnb_4bit_quant_storage", ("uint8",), "uint8", where)
-    compute_dtype = _choice(
-        config, "bnb_4bit_compute_dtype", ("bfloat16", "float16", "float32"), "float32", where
-    )
+    compute_dtype = _choice(config, "bnb_4bit_compute_dtype", ("bfloat16", "float16", "float32"), "float32", where)
     double_quant = _flag(config, "bnb_4bit_use_double_quant", False, where)
     return Quantization(method="nf4", bits=4, double_quant=double_quant, compute_dtype=compute_dtype)
 

@@ -121,8 +121,7 @@ class Block:
             self.linears[f"self_attn.{name}_proj"](x).unflatten(-1, (-1, self.architecture.head_dim)) for name in "qkv"
         )
         query, key = (
-            self.rotary.turn(x.to(self.numerics.stream), batch.positions).to(self.numerics.matmul)
-            for x in (query, key)
+            self.rotary.turn(x.to(self.numerics.stream), batch.positions).to(self.numerics.matmul) for x in (query, key)
         )
         return causal_attention(query, key, value, batch.cu_seqlens)
 

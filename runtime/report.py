@@ -75,9 +75,7 @@ def render_junit(report: ParityReport) -> str:
     suites = ElementTree.Element("testsuites", name="worldpm-parity", tests=str(cases), failures=str(missed))
     suites.append(suite)
     ElementTree.indent(suites)
-    return (
-        '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
-    )
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
 
 
 def write_report(report: ParityReport, directory: str | Path) -> list[Path]:

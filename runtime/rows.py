@@ -36,9 +36,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         ConversationError: the file cannot be opened, or is not what its name says, with line and column.
     """
     if not is_row_file(path):
-        raise ConversationError(
-            f"{path} is no file of rows; one that ends in {', '.join(SUFFIXES)} was expected."
-        )
+        raise ConversationError(f"{path} is no file of rows; one that ends in {', '.join(SUFFIXES)} was expected.")
     try:
         if path.name.endswith(".parquet"):
             yield from _parquet_rows(path)
@@ -47,9 +45,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         else:
             yield from _json_rows(path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConversationError(
-            f"{path} is not a whole gzip file ({error}); fetch or compress it again."
-        ) from error
+        raise ConversationError(f"{path} is not a whole gzip file ({error}); fetch or compress it again.") from error
     except OSError as error:
         raise ConversationError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -91,9 +87,7 @@ def _parse(text: str, place: str) -> Any:
             f"each line must be one object such as {PAIR_SHAPE}.{hint}"
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
-        raise ConversationError(
-            f"{place}: JSON that cannot be read ({error}); mend or remove the line."
-        ) from None
+        raise ConversationError(f"{place}: JSON that cannot be read ({error}); mend or remove the line.") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -126,8 +120,7 @@ def _whole_json(path: Path) -> list[Any]:
         return _rows_of_columns(value, path.name) if _is_columns(value) else [value]
     if not isinstance(value, list):
         raise ConversationError(
-            f"{path.name} holds one {type(value).__name__}; an array of objects such as {PAIR_SHAPE} "
-            "was expected."
+            f"{path.name} holds one {type(value).__name__}; an array of objects such as {PAIR_SHAPE} was expected."
         )
     return value
 
@@ -135,9 +128,7 @@ def _whole_json(path: Path) -> list[Any]:
 def _is_columns(value: dict[str, Any]) -> bool:
     """A row holds text or lists of objects under these keys; columns hold lists of texts or of lists."""
     columns = (value.get(key) for key in ("prompt", "chosen", "rejected", "messages"))
-    return any(
-        isinstance(column, list) and column and isinstance(column[0], (str, list)) for column in columns
-    )
+    return any(isinstance(column, list) and column and isinstance(column[0], (str, list)) for column in columns)
 
 
 def _rows_of_columns(columns: dict[str, Any], name: str) -> list[dict[str, Any]]:

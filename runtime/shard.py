@@ -88,9 +88,7 @@ def read_tensor(name: str, stored: StoredTensor) -> torch.Tensor:
     except OSError as error:
         raise CheckpointError(f"{stored.file}: {name} cannot be read: {error.strerror}.") from error
     if read != stored.nbytes:
-        raise CheckpointError(
-            f"{stored.file}: {name} ends after {read} of {stored.nbytes} bytes; {_DAMAGED}."
-        )
+        raise CheckpointError(f"{stored.file}: {name} ends after {read} of {stored.nbytes} bytes; {_DAMAGED}.")
     return flat.view(stored.dtype).view(stored.shape)
 
 
@@ -100,9 +98,7 @@ def _read_header(stream: BinaryIO, size: int, file: Path) -> bytes:
     if size < 8 or length > size - 8:
         raise CheckpointError(f"{file} has {size} bytes but claims a header of {length}; {_DAMAGED}.")
     if length > MAX_HEADER_BYTES:
-        raise CheckpointError(
-            f"{file} claims a header of {length} bytes, above the limit of {MAX_HEADER_BYTES}."
-        )
+        raise CheckpointError(f"{file} claims a header of {length} bytes, above the limit of {MAX_HEADER_BYTES}.")
     return stream.read(length)
 
 
@@ -112,9 +108,7 @@ def _parse_header(header: bytes, file: Path) -> dict[str, Any]:
         if not isinstance(entries, dict):
             raise ValueError(f"it is a {type(entries).__name__}")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file}: the header is not a safetensors header ({error}); {_DAMAGED}."
-        ) from error
+        raise CheckpointError(f"{file}: the header is not a safetensors header ({error}); {_DAMAGED}.") from error
     return {name: entry for name, entry in entries.items() if name != "__metadata__"}
 
 
@@ -131,9 +125,7 @@ def _stored_tensor(name: str, entry: Any, start: int, file: Path) -> StoredTenso
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {name} is described by {entry!r:.200}; {_DAMAGED}.") from error
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-        raise CheckpointError(
-            f"{file}: {name} has shape {list(shape)} at bytes {begin!r} to {end!r}; {_DAMAGED}."
-        )
+        raise CheckpointError(f"{file}: {name} has shape {list(shape)} at bytes {begin!r} to {end!r}; {_DAMAGED}.")
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise CheckpointError(f"{file}: {name} has dtype {kind!r}; one of {', '.join(_DTYPES)} was expected.")
     dtype = _DTYPES[kind]
@@ -152,9 +144,7 @@ def _check_coverage(tensors: dict[str, StoredTensor], start: int, size: int, fil
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if stored.offset != position:
             fault = "overlaps the tensor before it" if stored.offset < position else "leaves a gap before it"
-            raise CheckpointError(
-                f"{file}: {name} {fault} (offset {stored.offset}, not {position}); {_DAMAGED}."
-            )
+            raise CheckpointError(f"{file}: {name} {fault} (offset {stored.offset}, not {position}); {_DAMAGED}.")
         position += stored.nbytes
     if position > size:
         raise CheckpointError(f"{file} is cut short: {size} of {position} bytes are there; fetch it again.")

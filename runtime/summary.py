@@ -69,9 +69,7 @@ FIGURE_ROWS = (
         "Of the line score = slope × reference + offset. Below 1, scores are drawn together.",
     ),
     FigureRow("offset", "Offset", "signed", "Of the same line, in the units of the scores."),
-    FigureRow(
-        "pearson", "Pearson", "correlation", "Linear correlation over the scores of all conversations."
-    ),
+    FigureRow("pearson", "Pearson", "correlation", "Linear correlation over the scores of all conversations."),
     FigureRow("spearman", "Spearman", "correlation", "Correlation of their ranks."),
     FigureRow(
         "kendall",
@@ -125,9 +123,7 @@ def tabulate(figures: Mapping[str, Figures]) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [("figure", *figures)]
     for row in FIGURE_ROWS:
         cells = ((row.value(each), row.interval(each)) for each in figures.values())
-        table.append(
-            (row.label, *(f"{value} ({interval})" if interval else value for value, interval in cells))
-        )
+        table.append((row.label, *(f"{value} ({interval})" if interval else value for value, interval in cells)))
     return table
 
 
@@ -208,11 +204,7 @@ def _ranking(report: ParityReport) -> str:
         f"On {count(figures.pairs, 'preference pair')} the quantized model picks the same winner as the "
         f"reference in {kept} ({row.value(figures)}, 95% interval {row.interval(figures)})"
     )
-    return (
-        f"{sentence}; plain bf16 does in {row.value(report.noise_floor)}."
-        if report.noise_floor
-        else f"{sentence}."
-    )
+    return f"{sentence}; plain bf16 does in {row.value(report.noise_floor)}." if report.noise_floor else f"{sentence}."
 
 
 def _flips(report: ParityReport) -> str:

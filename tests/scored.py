@@ -17,9 +17,7 @@ SUBJECT = Subject(
 )
 
 
-def pair(
-    reference, quantized, *, id="a", category="maths", chosen="yes", rejected="no", **runs
-) -> PairScores:
+def pair(reference, quantized, *, id="a", category="maths", chosen="yes", rejected="no", **runs) -> PairScores:
     return PairScores(
         id=id,
         category=category,

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer, write_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from runtime.chat import Renderer
 from runtime.errors import CheckpointError, ConversationError
+from tests.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer, write_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=60).filter(str.strip)
 TRICKY = st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|im_", "end|>", "\n", "<", "|>", "a", " ", ""]), max_size=8)

@@ -37,9 +37,7 @@ def test_threads_read_the_same_as_one(tiny_checkpoint):
     with ThreadPoolExecutor(8) as pool:
         blocks = list(pool.map(checkpoint.read_block, [0, 1] * 8))
     for index, block in enumerate(blocks):
-        assert all(
-            torch.equal(tensor, checkpoint.read_block(index % 2)[name]) for name, tensor in block.items()
-        )
+        assert all(torch.equal(tensor, checkpoint.read_block(index % 2)[name]) for name, tensor in block.items())
 
 
 def test_tokenizer_files_are_those_that_are_there(damaged):
@@ -76,9 +74,7 @@ def test_norms_and_head_may_be_float32(damaged):
     assert open_checkpoint(damaged).read("score.0.weight").dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "content, named", [(b"{", "is not JSON"), (b"[]", "holds a list"), (b"\xff", "is not JSON")]
-)
+@pytest.mark.parametrize("content, named", [(b"{", "is not JSON"), (b"[]", "holds a list"), (b"\xff", "is not JSON")])
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
 def test_damaged_json_is_named(tmp_path, file, content, named):
     directory = write_tiny_checkpoint(tmp_path / "model", shards=2)
@@ -135,9 +131,7 @@ def test_a_tensor_that_the_index_does_not_list_is_named(sharded):
 
 def test_a_tensor_listed_in_another_shard_is_named(sharded):
     def mislead(weight_map):
-        weight_map["model.norm.weight"] = next(
-            f for f in weight_map.values() if f != weight_map["model.norm.weight"]
-        )
+        weight_map["model.norm.weight"] = next(f for f in weight_map.values() if f != weight_map["model.norm.weight"])
 
     change_weight_map(sharded, mislead)
     assert "lists it in" in refusal(sharded)

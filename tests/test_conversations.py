@@ -42,16 +42,12 @@ def test_rows_that_carry_nothing_are_left_out_and_counted(tmp_path):
         ("uncategorised", "rows.jsonl:7"),
     ]
     assert rows.conversations == [Conversation(messages["messages"], "chat", "rows.jsonl:5")]
-    assert rows.summary() == (
-        f"{path}: 2 pairs and 1 single conversations (left out: 1 empty, 2 duplicate, 1 tied)"
-    )
+    assert rows.summary() == (f"{path}: 2 pairs and 1 single conversations (left out: 1 empty, 2 duplicate, 1 tied)")
 
 
 def test_a_broken_row_stops_the_reading_with_its_line(tmp_path):
     path = write(tmp_path / "rows.jsonl", pair("1"), {"prompt": "2", "chosen": "x"})
-    with pytest.raises(
-        ConversationError, match=r"^rows.jsonl:2: the row has the keys 'prompt', 'chosen' but no"
-    ):
+    with pytest.raises(ConversationError, match=r"^rows.jsonl:2: the row has the keys 'prompt', 'chosen' but no"):
         load_rows(path)
 
 
@@ -83,9 +79,7 @@ def test_a_directory_is_read_in_the_order_of_its_names(tmp_path):
 
 
 def test_a_directory_without_rows_is_named(tmp_path):
-    with pytest.raises(
-        ConversationError, match=f"{re.escape(str(tmp_path))} holds no file that ends in .jsonl"
-    ):
+    with pytest.raises(ConversationError, match=f"{re.escape(str(tmp_path))} holds no file that ends in .jsonl"):
         load_rows(tmp_path)
 
 
@@ -107,9 +101,7 @@ def test_a_hub_data_set_is_fetched_without_its_scripts(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert len(load_rows("owner/name@main").pairs) == 1
     assert (asked["name"], asked["revision"], asked["repo_type"]) == ("owner/name", "main", "dataset")
-    assert all(
-        re.fullmatch(r"\*\.(jsonl|json|parquet)(\.gz)?", pattern) for pattern in asked["allow_patterns"]
-    )
+    assert all(re.fullmatch(r"\*\.(jsonl|json|parquet)(\.gz)?", pattern) for pattern in asked["allow_patterns"])
 
 
 def test_no_network_is_one_sentence_with_the_way_out(monkeypatch):
@@ -117,9 +109,7 @@ def test_no_network_is_one_sentence_with_the_way_out(monkeypatch):
         raise OSError("Name or service not known\nsecond line")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(
-        ConversationError, match=r"owner/name .*\(Name or service not known\).*hf download"
-    ) as caught:
+    with pytest.raises(ConversationError, match=r"owner/name .*\(Name or service not known\).*hf download") as caught:
         load_rows("owner/name")
     assert "\n" not in str(caught.value)
 
@@ -169,9 +159,7 @@ def test_bundled_prompts_and_responses_are_all_different(bundled):
 
     prompts = Counter(words("\n".join(turn["content"] for turn in pair.prompt)) for pair in bundled)
     assert [prompt[:80] for prompt, count in prompts.items() if count > 1] == []
-    responses = Counter(
-        words(text[0]["content"]) for pair in bundled for text in (pair.chosen, pair.rejected)
-    )
+    responses = Counter(words(text[0]["content"]) for pair in bundled for text in (pair.chosen, pair.rejected))
     long_ones = {text: count for text, count in responses.items() if len(text) > 20}
     assert [text[:80] for text, count in long_ones.items() if count > 1] == []
 

@@ -26,9 +26,7 @@ def layer(seed: int, columns: int = COLUMNS, rows: int = ROWS, tokens: int = 300
     return torch.randn(rows, columns, generator=generator) * 0.03, x.T @ x / tokens
 
 
-def replay(
-    weight: Tensor, hessian: Tensor, solved: SolvedLinear, settings: GPTQSettings
-) -> tuple[float, int]:
+def replay(weight: Tensor, hessian: Tensor, solved: SolvedLinear, settings: GPTQSettings) -> tuple[float, int]:
     """Redo GPTQ as published (Frantar et al., eq. 2 and 3), one column and one inverse update at a time.
 
     The solver's codes are taken over, so that a tie broken differently cannot spread.
@@ -77,9 +75,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(
-    ("group_size", "block_size", "sym"), [(16, 40, True), (24, 16, False), (7, 32, True)]
-)
+@pytest.mark.parametrize(("group_size", "block_size", "sym"), [(16, 40, True), (24, 16, False), (7, 32, True)])
 def test_every_code_is_the_one_obs_asks_for(order: str, group_size: int, block_size: int, sym: bool) -> None:
     settings = GPTQSettings(
         group_size=group_size, block_size=block_size, sym=sym, importance_scales=False, **ORDERS[order]

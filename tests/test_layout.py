@@ -30,9 +30,7 @@ def test_a_head_that_is_not_finite_is_named(damaged, value):
 
 
 def test_a_quantized_head_is_refused(damaged):
-    change_tensors(
-        damaged, lambda tensors: tensors.update({"score.0.weight": torch.ones(64, 64).to(torch.int8)})
-    )
+    change_tensors(damaged, lambda tensors: tensors.update({"score.0.weight": torch.ones(64, 64).to(torch.int8)}))
     assert "score head is quantized (score.0.weight)" in refusal(damaged)
 
 
@@ -91,11 +89,7 @@ def packed_linear(quantization, out_features, in_features):
         g_idx = torch.arange(in_features) // quantization.group_size
         return pack_gptq(codes, zeros, torch.full((groups, out_features), 0.01), g_idx, quantization.bits)
     described = quantization.linear_tensors(out_features, in_features, bias=False)
-    tensors = {
-        name: torch.zeros(shape, dtype=dtype)
-        for name, (dtype, shape) in described.items()
-        if shape is not None
-    }
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in described.items() if shape is not None}
     if quantization.method == "nf4":
         state = {
             "quant_type": "nf4",
@@ -176,9 +170,7 @@ def test_an_nf4_state_of_another_shape_is_named(tmp_path):
         ].clone()
 
     checkpoint = open_checkpoint(write_packed(tmp_path, Quantization("nf4", 4), transpose))
-    with pytest.raises(
-        CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight\.quant_state.*\[64, 128\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight\.quant_state.*\[64, 128\]"):
         checkpoint.read_block(0)
 
 

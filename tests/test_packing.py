@@ -141,9 +141,7 @@ def test_a_scale_beyond_fp16_is_refused():
 
 def bitsandbytes_nf4(weight, double_quant):
     functional = pytest.importorskip("bitsandbytes").functional
-    packed, state = functional.quantize_4bit(
-        weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant
-    )
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
     return {"weight": packed} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
 
 

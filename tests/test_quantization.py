@@ -38,9 +38,7 @@ def test_the_gptq_config_is_the_one_that_spares_the_head():
     "quantization",
     [
         Quantization("gptq", 4, group_size=128),
-        Quantization(
-            "gptq", 8, group_size=-1, sym=False, desc_act=True, damp_percent=0.05, static_groups=True
-        ),
+        Quantization("gptq", 8, group_size=-1, sym=False, desc_act=True, damp_percent=0.05, static_groups=True),
         Quantization("gptq", 4, group_size=64, checkpoint_format="gptq_v2", true_sequential=False),
         Quantization("nf4", 4),
         Quantization("nf4", 4, double_quant=False, compute_dtype="float32"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import write_tiny_checkpoint
 
 from runtime.batching import pack
 from runtime.chat import Rendered
@@ -13,6 +12,7 @@ from runtime.errors import NonFiniteError
 from runtime.hf_model import Qwen2ForRewardModel
 from runtime.qwen2 import FLOAT32, PLAIN_BFLOAT16, Block, Numerics, Rotary
 from runtime.sweep import Stream, read_blocks, read_head
+from tests.tiny import write_tiny_checkpoint
 
 
 def random_rows(count: int, seed: int = 0) -> list[Rendered]:

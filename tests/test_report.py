@@ -216,9 +216,7 @@ def test_scatter_plots_show_every_point_on_equal_axes():
 
 def test_the_block_chart_starts_at_zero_and_holds_the_largest_error():
     for errors in ([0.0], [0.02], [0.1, 0.5, 0.3]):
-        chart = block_chart(
-            [BlockError(block=i, mean_error=e / 2, max_error=e) for i, e in enumerate(errors)]
-        )
+        chart = block_chart([BlockError(block=i, mean_error=e / 2, max_error=e) for i, e in enumerate(errors)])
         assert chart.y.low == 0 and chart.y.high >= max(errors)
         assert chart.x_ticks
     assert block_chart([]) is None

@@ -73,9 +73,7 @@ def test_an_odd_number_of_rows_is_met_exactly():
 
 
 def test_prompts_that_differ_in_case_space_punctuation_or_system_turn_are_one():
-    variants = [
-        pair(text, str(i)) for i, text in enumerate(["What is it?", "what  is it", " WHAT IS IT !\n"])
-    ]
+    variants = [pair(text, str(i)) for i, text in enumerate(["What is it?", "what  is it", " WHAT IS IT !\n"])]
     system = {"role": "system", "content": "Be brief."}
     variants.append(PreferencePair([system, user("What is it?")], [assistant("a")], [assistant("b")]))
     single = Conversation([user("what is IT"), assistant("c")])

@@ -18,9 +18,7 @@ def rounded(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size
     return ((weight.double() / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
 
 
-def cost(
-    weight: Tensor, importance: Tensor, grids: tuple[Tensor, Tensor], bits: int, group_size: int
-) -> Tensor:
+def cost(weight: Tensor, importance: Tensor, grids: tuple[Tensor, Tensor], bits: int, group_size: int) -> Tensor:
     """Weighted squared error [N, G]."""
     error = (weight.double() - rounded(weight, *grids, bits, group_size)).square() * importance.double()
     groups = torch.arange(weight.shape[1]) // group_size

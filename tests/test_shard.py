@@ -99,9 +99,7 @@ def test_an_attack_is_refused_by_name(tmp_path, attack):
     assert str(caught.value).startswith(str(path))
 
 
-@pytest.mark.parametrize(
-    "data, named", [(31, "cut short: .* of"), (0, "cut short"), (33, "1 bytes after its last")]
-)
+@pytest.mark.parametrize("data, named", [(31, "cut short: .* of"), (0, "cut short"), (33, "1 bytes after its last")])
 def test_the_header_must_account_for_every_byte(tmp_path, data, named):
     open_shard(write_raw(tmp_path / "good.safetensors", GOOD))
     with pytest.raises(CheckpointError, match=named):

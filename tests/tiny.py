@@ -42,15 +42,11 @@ def tiny_tokenizer() -> Tokenizer:
     """Byte-level BPE with a handful of merges: encodes any text."""
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [(left, right) for left, right in (merge.split(" ") for merge in _MERGES)]
-    vocabulary = {
-        piece: index for index, piece in enumerate(pieces + [left + right for left, right in merges])
-    }
+    vocabulary = {piece: index for index, piece in enumerate(pieces + [left + right for left, right in merges])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 
 
