@@ -73,16 +73,20 @@ class Scorer:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: str = "auto", dtype: str = "auto", token_budget: int = TOKEN_BUDGET
+        cls, source: str | Path, *, devices: str = "auto", dtype: str = "auto", token_budget: int = TOKEN_BUDGET
     ) -> Scorer:
         """Load a directory, a hub id or `demo`, 16-bit or quantized.
+
+        Args:
+            devices: `auto`, `cpu` or one CUDA device such as `cuda:0`; the model must fit there.
+            dtype: of matmul inputs, `float32` or `bfloat16`; `auto` is float32 on a CPU, bfloat16 on a GPU.
+            token_budget: tokens computed at once.
 
         Raises:
             CheckpointError: the checkpoint is missing or damaged.
             PlanError: an unknown dtype, or a device that is not there.
         """
-        if device == "auto":
-            device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        device = ("cuda:0" if torch.cuda.is_available() else "cpu") if devices == "auto" else devices
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else "bfloat16"
         return cls(open_checkpoint(source), device=device, numerics=_numerics(dtype), token_budget=token_budget)

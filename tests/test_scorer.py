@@ -17,7 +17,7 @@ def answer(text: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def scorer(tiny_checkpoint) -> Scorer:
-    return Scorer.from_pretrained(tiny_checkpoint, device="cpu")
+    return Scorer.from_pretrained(tiny_checkpoint, devices="cpu")
 
 
 def test_order_and_neighbours_change_nothing(scorer):
@@ -39,7 +39,7 @@ def test_compare_is_the_two_scores(scorer):
 def test_bfloat16_products_stay_close(tiny_checkpoint, scorer):
     conversations = [answer("word " * count) for count in range(1, 20)]
     exact = scorer.score(conversations)
-    rounded = Scorer.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16").score(conversations)
+    rounded = Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="bfloat16").score(conversations)
     assert 0 < (rounded - exact).abs().max() < 0.1 * exact.std()
 
 
@@ -49,7 +49,7 @@ def test_errors_name_the_conversation(scorer):
 
 
 def test_a_head_that_overflows_is_an_error_not_a_score(tiny_checkpoint):
-    scorer = Scorer.from_pretrained(tiny_checkpoint, device="cpu")
+    scorer = Scorer.from_pretrained(tiny_checkpoint, devices="cpu")
     scorer.head.score_2_bias.fill_(float("inf"))
     with pytest.raises(NonFiniteError, match="conversation 0 has a non-finite score"):
         scorer.score([answer("x")])
@@ -57,4 +57,4 @@ def test_a_head_that_overflows_is_an_error_not_a_score(tiny_checkpoint):
 
 def test_unknown_dtype_is_refused(tiny_checkpoint):
     with pytest.raises(PlanError, match="'float16'"):
-        Scorer.from_pretrained(tiny_checkpoint, device="cpu", dtype="float16")
+        Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="float16")

@@ -75,7 +75,7 @@ def test_what_the_head_sees_gives_the_scores_of_the_model(checkpoint, tiny_check
     sweep(streams, checkpoint, range(2))
     head = read_head(checkpoint)
     reference, quantized, floor = streams.features(head)
-    expected = Scorer.from_pretrained(tiny_checkpoint, device="cpu").score_rendered([*CALIBRATION, *PARITY])
+    expected = Scorer.from_pretrained(tiny_checkpoint, devices="cpu").score_rendered([*CALIBRATION, *PARITY])
     for features in (reference, quantized):
         assert (head.score(features) - expected).abs().max() < 1e-5 * expected.std()
     shift = head.score(floor) - expected[7:]
