@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -128,10 +129,11 @@ def _device(wanted: str, must_exist: bool) -> str:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if wanted == "cpu":
         return wanted
-    if not wanted.startswith("cuda"):
+    cuda = re.fullmatch(r"cuda(?::(\d+))?", wanted)
+    if cuda is None:
         raise PlanError(f"--device is {wanted!r}; auto, cpu, or cuda:N was expected.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = int(wanted.partition(":")[2] or 0)
+    index = int(cuda[1] or 0)
     if must_exist and index >= count:
         raise PlanError(
             f"--device {wanted}: this machine has {count} CUDA devices that torch can use; try --device cpu."

@@ -124,6 +124,12 @@ def test_a_file_is_no_output(tmp_path):
         refuse_foreign(tmp_path / "out")
 
 
+def test_where_nothing_can_be_written_another_output_is_asked_for(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JobError, match=r"file/out cannot be written to: Not a directory; choose another --output"):
+        Job.open(tmp_path / "file" / "out", RECIPE, resume=False)
+
+
 def test_killed_before_its_first_file_a_directory_is_still_ours(tmp_path):
     (tmp_path / "job").mkdir()
     start(tmp_path)

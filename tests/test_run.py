@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -95,7 +96,7 @@ def all_rendered(drawn: Sample) -> list:
 def test_the_checkpoint_scores_what_the_report_says(written, place):
     """Packed, written, opened again and scored by the runtime: repaired head and all."""
     report = read_report(written / "parity.json")
-    scorer = Scorer.from_pretrained(written, device="cpu")
+    scorer = Scorer.from_pretrained(written, devices="cpu")
     pairs = drawn_rows(place, scorer.checkpoint).parity
     scores = scorer.score_rendered([each for pair in pairs for each in (pair.chosen, pair.rejected)])
     told = torch.tensor([score for pair in report.scores for score in pair.quantized])
@@ -201,7 +202,7 @@ def test_the_card_says_how_it_was_made_and_how_far_off_it_is(finished):
 
 def test_reference_scores_are_the_16_bit_model_s_for_every_row(finished, place):
     stored = ReferenceScores.load(finished)
-    scorer = Scorer.from_pretrained(place / "model", device="cpu")
+    scorer = Scorer.from_pretrained(place / "model", devices="cpu")
     rows = all_rendered(drawn_rows(place, scorer.checkpoint))
     assert set(stored.scores) == {row.key for row in rows} and len(rows) == ROWS + 2 * PAIRS
     expected = scorer.score_rendered(rows)
@@ -301,6 +302,19 @@ def test_the_model_s_own_directory_is_no_output(place, capfd):
     assert "holds no job of this kit" in capfd.readouterr().err
 
 
+def test_a_disk_that_fails_before_the_job_is_an_error_without_a_traceback(place, tmp_path, capfd, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device", "job.json")
+    monkeypatch.setattr(Job, "_save", lambda self: (_ for _ in ()).throw(full))
+    assert quantize(place / "model", place / "pairs.jsonl", tmp_path / "out") == 2
+    assert capfd.readouterr().err.endswith("error: [Errno 28] No space left on device: 'job.json'\n")
+
+
+def test_our_own_bugs_are_not_hidden(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantize.run.compare", lambda *_: (_ for _ in ()).throw(OSError(errno.EBADF, "ours")))
+    with pytest.raises(OSError, match="ours"):
+        quantize(place / "model", place / "pairs.jsonl", tmp_path / "out", "--parity-pairs", "1", "--rows", "2")
+
+
 def test_a_directory_in_use_is_refused(place, tmp_path, capfd):
     (tmp_path / "job").mkdir()
     with Job.open(tmp_path, RECIPE, resume=False):
@@ -326,6 +340,7 @@ def test_what_is_quantized_already_is_refused(finished, place, tmp_path, capfd):
         (["--parity-pairs", "-1"], "--parity-pairs is -1"),
         (["--ram-budget", "1MiB"], "allowed by --ram-budget"),
         (["--device", "tpu"], "--device is 'tpu'"),
+        (["--device", "cuda:one"], "--device is 'cuda:one'; auto, cpu, or cuda:N was expected"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["--rows", "1000"], "of the 1000 calibration rows asked for"),
     ],
@@ -382,7 +397,7 @@ def test_single_conversations_calibrate_and_leave_nothing_to_compare(place, tmp_
     assert quantize(place / "model", tmp_path / "chats.jsonl", output, "--json") == 0
     assert "parity" not in json.loads(capfd.readouterr().out)
     assert not (output / "parity.json").exists() and "Not measured" in (output / "README.md").read_text()
-    Scorer.from_pretrained(output, device="cpu")
+    Scorer.from_pretrained(output, devices="cpu")
 
 
 # ---- planning only --------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""What is settled before the work begins: devices, dtypes, group sizes, batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quantize.arguments import parse
+from quantize.inputs import Inputs, read_inputs
+from runtime.errors import PlanError
+from tests.tiny_job import PAIRS, ROWS, arguments, write_job_model, write_pairs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A directory with `model` and `pairs.jsonl`."""
+    place = tmp_path_factory.mktemp("inputs")
+    write_job_model(place / "model", layers=1, intermediate=192)
+    write_pairs(place / "pairs.jsonl")
+    return place
+
+
+def read(place: Path, *more: str) -> Inputs:
+    given = arguments(place / "model", place / "pairs.jsonl", Path("unused"), *more)
+    return read_inputs(parse(given), str(place / "model"))
+
+
+def test_the_same_arguments_settle_the_same_recipe(place):
+    assert read(place).recipe == read(place).recipe
+    assert read(place, "--seed", "1").recipe.conversations != read(place).recipe.conversations
+
+
+def test_rows_and_pairs_are_as_many_as_asked_for_and_share_no_prompt(place):
+    sample = read(place).sample
+    assert (len(sample.calibration), len(sample.parity)) == (ROWS, PAIRS)
+    calibrated = {row.conversation.messages[0]["content"] for row in sample.calibration}
+    assert not calibrated & {pair.pair.prompt[0]["content"] for pair in sample.parity}
+
+
+def test_a_group_size_that_does_not_divide_falls_back_and_says_so(place):
+    inputs = read(place)
+    assert inputs.recipe.group_size == 64
+    assert inputs.notes == ["group size 128 does not divide a width of 192; 64 was used."]
+    assert read(place, "--group-size", "32").notes == []
+    assert read(place, "--method", "nf4").notes == [] and read(place, "--method", "nf4").recipe.group_size == -1
+
+
+def test_the_longest_batch_of_the_plan_is_the_longest_there_is(place):
+    inputs = read(place)
+    lengths = [len(row.rendered.token_ids) for row in inputs.sample.calibration]
+    assert max(lengths) <= inputs.plan.load.longest_batch <= 256
+    assert inputs.plan.load.calibration_tokens == sum(lengths)
+    assert read(place, "--token-budget", "1").plan.load.longest_batch == max(
+        len(rendered.token_ids)
+        for rendered in [row.rendered for row in inputs.sample.calibration]
+        + [each for pair in inputs.sample.parity for each in (pair.chosen, pair.rejected)]
+    )
+
+
+def test_max_tokens_leaves_longer_conversations_out(place):
+    sample = read(place, "--max-tokens", "120", "--rows", "4", "--parity-pairs", "2").sample
+    assert sample.too_long > 0
+    assert all(len(row.rendered.token_ids) <= 120 for row in sample.calibration)
+
+
+@pytest.mark.parametrize(("given", "dtype"), [((), "float32"), (("--dtype", "bfloat16"), "bfloat16")])
+def test_products_on_a_cpu_are_float32_unless_asked(place, given, dtype):
+    inputs = read(place, *given)
+    assert inputs.recipe.dtype == dtype and inputs.recipe.device == "cpu"
+    assert inputs.plan.matmul_bytes == {"float32": 4, "bfloat16": 2}[dtype]
+
+
+def test_a_gpu_is_taken_where_there_is_one(place, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1 << 40, 1 << 40))
+    recipe = read(place, "--device", "auto").recipe
+    assert (recipe.device, recipe.dtype) == ("cuda:0", "bfloat16")
+    assert read(place, "--device", "cuda:1").recipe.device == "cuda:1"
+    assert read(place, "--device", "cuda").recipe.device == "cuda:0"
+    with pytest.raises(PlanError, match="cuda:2: this machine has 2 CUDA devices"):
+        read(place, "--device", "cuda:2")
+
+
+def test_without_one_it_is_the_cpu(place, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert read(place, "--device", "auto").recipe.device == "cpu"
+    with pytest.raises(PlanError, match="cuda:0: this machine has 0 CUDA devices that torch can use; try --device cpu"):
+        read(place, "--device", "cuda:0")
