@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from tests.tiny_job import arguments, digests, quantize, write_job_model, write_
 LAYERS = 6
 SMALL = ("--rows", "8", "--parity-pairs", "6")
 ROOT = Path(__file__).parent.parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process, so that sums round alike
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +185,7 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.tiny_job"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # as many threads as in this process, so that sums round alike
+        patch.setenv("OMP_NUM_THREADS", ONE_THREAD["OMP_NUM_THREADS"])
         patch.setenv("PYTHONPATH", str(ROOT))
         yield context
 
@@ -221,7 +223,7 @@ def test_sigterm_and_ctrl_c_say_how_to_go_on(place, undisturbed, tmp_path):
     command = [sys.executable, "quantize/run.py", *arguments(place / "model", place / "pairs.jsonl", output, *SMALL)]
     for number, more in ((signal.SIGTERM, []), (signal.SIGINT, ["--resume"])):
         before = finished_blocks(output)
-        process = subprocess.Popen([*command, *more], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([*command, *more], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
         wait_for(lambda before=before: finished_blocks(output) > max(0, before), process)
         process.send_signal(number)
         _, said = process.communicate()

@@ -181,6 +181,11 @@ def test_the_log_has_every_block_and_what_it_cost(finished):
         assert block["peak_memory"] > 1 << 20
 
 
+def test_the_manifest_has_the_digest_of_every_shard(finished):
+    shards = json.loads((finished / "job" / "job.json").read_text())["shards"]
+    assert shards == {name: digest for name, digest in digests(finished).items() if name.endswith(".safetensors")}
+
+
 def test_nothing_but_the_checkpoint_its_reports_and_the_job_is_left(finished):
     assert {path.name for path in (finished / "job").iterdir()} == {"job.json", "blocks.jsonl", "lock"}
     assert set(digests(finished)) == {
