@@ -15,7 +15,6 @@ import argparse
 import json
 import random
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from calibration.conversations import load_rows  # noqa: E402
+from calibration.sampling import Sample, sample  # noqa: E402
+from quantize.outcome import prompt_groups  # noqa: E402
+from quantize.repair import Evidence, Repair, fit_repair  # noqa: E402
 from quantize.run import main as quantize  # noqa: E402
 from runtime.chat import Rendered, Renderer  # noqa: E402
-from runtime.checkpoint import open_checkpoint  # noqa: E402
+from runtime.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from runtime.errors import ConversationError  # noqa: E402
 from runtime.figures import Figures, measure_figures  # noqa: E402
-from runtime.qwen2 import PLAIN_BFLOAT16  # noqa: E402
+from runtime.qwen2 import PLAIN_BFLOAT16, ScoreHead  # noqa: E402
 from runtime.scorer import NUMERICS, Scorer  # noqa: E402
 from runtime.sweep import read_head  # noqa: E402
 
@@ -60,36 +62,35 @@ VARIANTS = {
 def main() -> int:
     arguments = parse()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_checkpoint(arguments.model)
+    head = read_head(checkpoint)
     pairs = draw_pairs(arguments)
-    tokens = sum(len(row.token_ids) for row in pairs)
-    print(f"{len(pairs) // 2} pairs, {tokens:,} tokens", file=sys.stderr)
-    reference = score(arguments, "reference", arguments.model, pairs)["repaired"]
-    rows = {
-        "plain bf16": (measure_figures(reference, score(arguments, "floor", arguments.model, pairs)["repaired"]), None)
-    }
-    seconds = {}
+    calibration = draw_calibration(checkpoint)
+    rows = pairs + [row.rendered for row in calibration.calibration]
+    print(f"{len(pairs) // 2} pairs, {sum(len(row.token_ids) for row in pairs):,} tokens", file=sys.stderr)
+    reference = hidden_states(arguments, "reference", arguments.model, rows)
+    floor = hidden_states(arguments, "floor", arguments.model, pairs).bfloat16()
+    expected = by_pair(head(reference[: len(pairs)]))
+    table = {"plain bf16": (measure_figures(expected, by_pair(head(floor))), None, "")}
     for name in arguments.only or VARIANTS:
-        directory, seconds[name] = make(arguments, name)
-        scores = score(arguments, name, str(directory), pairs)
-        rows[name] = (measure_figures(reference, scores["repaired"]), measure_figures(reference, scores["original"]))
-        print_table({name: rows[name]})
-    print_table(rows)
-    result = {
-        "model": arguments.model,
-        "pairs": len(pairs) // 2,
-        "tokens": tokens,
-        "dtype": arguments.dtype,
-        "variants": {
-            name: {
-                "arguments": VARIANTS.get(name, []),
-                "quantize_seconds": seconds.get(name),
-                "repaired": repaired.model_dump(),
-                "original_head": original.model_dump() if original else None,
-            }
-            for name, (repaired, original) in rows.items()
-        },
-    }
-    print(json.dumps(result) if arguments.json is None else arguments.json.write_text(json.dumps(result, indent=1)))
+        hidden = hidden_states(arguments, name, str(make(arguments, name)), rows)
+        repair = repair_of(head, reference[len(pairs) :], hidden[len(pairs) :], calibration)
+        original, repaired = (by_pair(each(hidden[: len(pairs)])) for each in (head, repair.head))
+        table[name] = (measure_figures(expected, repaired), measure_figures(expected, original), repair.kind)
+        print_table({name: table[name]})
+    print_table(table)
+    result = {"model": arguments.model, "pairs": len(pairs) // 2, "dtype": arguments.dtype, "variants": {}}
+    for name, (repaired, original, kind) in table.items():
+        result["variants"][name] = {
+            "arguments": VARIANTS.get(name, []),
+            "repair": kind,
+            "repaired": repaired.model_dump(),
+            "original_head": original.model_dump() if original else None,
+        }
+    if arguments.json is None:
+        print(json.dumps(result))
+    else:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -131,40 +132,50 @@ def draw_pairs(arguments: argparse.Namespace) -> list[Rendered]:
     return drawn
 
 
-def make(arguments: argparse.Namespace, name: str) -> tuple[Path, float]:
-    """Quantize, unless an earlier run did."""
+def draw_calibration(checkpoint: Checkpoint) -> Sample:
+    """The rows that the command calibrates on by default: what a repair is fitted on."""
+    renderer = Renderer.from_directory(checkpoint.directory, checkpoint.architecture.max_position_embeddings)
+    return sample(load_rows(), renderer, rows_wanted=64, parity_pairs=0)
+
+
+def make(arguments: argparse.Namespace, name: str) -> Path:
+    """Quantize, unless an earlier run did; repairs are fitted here, so that both heads can be told apart."""
     directory = arguments.work / slug(name)
-    start = time.perf_counter()
     if not (directory / "parity.json").exists():
         command = ["--model", arguments.model, "--output", str(directory), "--parity-pairs", "2", "--resume"]
-        command += ["--dtype", arguments.dtype, *VARIANTS[name]]
+        command += ["--dtype", arguments.dtype, "--no-repair", *VARIANTS[name]]
         assert quantize(command) == 0, name
-    return directory, round(time.perf_counter() - start, 1)
+    return directory
 
 
-def score(arguments: argparse.Namespace, name: str, model: str, rows: list[Rendered]) -> dict[str, np.ndarray]:
-    """Scores [pairs, 2] with the stored head and with the unquantized model's."""
+def hidden_states(arguments: argparse.Namespace, name: str, model: str, rows: list[Rendered]) -> torch.Tensor:
+    """What the head of `model` starts from [rows, H], computed once and kept."""
     file = arguments.work / f"{slug(name)}.{arguments.dtype}.{len(rows)}.npy"
-    if file.exists():
-        hidden = torch.from_numpy(np.load(file))
-    else:
+    if not file.exists():
         numerics = PLAIN_BFLOAT16 if name == "floor" else NUMERICS[arguments.dtype]
-        scorer = Scorer(open_checkpoint(model), numerics=numerics)
-        hidden = scorer.hidden_at_scored(rows)
-        np.save(file, hidden.numpy())
-    cast = torch.bfloat16 if name == "floor" else torch.float32
-    heads = {"repaired": read_head(open_checkpoint(model)), "original": read_head(open_checkpoint(arguments.model))}
-    return {which: head(hidden.to(cast)).double().numpy().reshape(-1, 2) for which, head in heads.items()}
+        np.save(file, Scorer(open_checkpoint(model), numerics=numerics).hidden_at_scored(rows).numpy())
+    return torch.from_numpy(np.load(file))
+
+
+def repair_of(head: ScoreHead, reference: torch.Tensor, quantized: torch.Tensor, calibration: Sample) -> Repair:
+    """The repair that the command would have made, from hidden states at the calibration rows."""
+    features, groups = head.features(reference), prompt_groups(calibration)
+    return fit_repair(head, Evidence(features, head.features(quantized), head.score(features), groups))
+
+
+def by_pair(scores: torch.Tensor) -> np.ndarray:
+    """Scores [2 pairs] to [pairs, 2]."""
+    return scores.double().numpy().reshape(-1, 2)
 
 
 def slug(name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
-def print_table(rows: dict[str, tuple[Figures, Figures | None]]) -> None:
-    """Figures with the stored head; the shift with the original head beside it."""
-    table = Table("variant", "agreement", "Spearman", "mean shift", "unrepaired", "after affine", "flips")
-    for name, (figures, original) in rows.items():
+def print_table(rows: dict[str, tuple[Figures, Figures | None, str]]) -> None:
+    """Figures after the repair that was kept; the shift with the original head beside it."""
+    table = Table("variant", "agreement", "Spearman", "mean shift", "unrepaired", "after affine", "repair", "flips")
+    for name, (figures, original, kind) in rows.items():
         table.add_row(
             name,
             _interval(figures.agreement, 3),
@@ -172,9 +183,10 @@ def print_table(rows: dict[str, tuple[Figures, Figures | None]]) -> None:
             _interval(figures.mean_shift, 3),
             f"{original.mean_shift.value:.3f}" if original else "",
             f"{figures.shift_after_affine.value:.3f}",
+            kind,
             str(figures.flips),
         )
-    Console(stderr=True, width=120).print(table)
+    Console(stderr=True, width=140).print(table)
 
 
 def _interval(estimate, digits: int) -> str:

@@ -48,7 +48,7 @@ def conclude(streams: Streams, head: ScoreHead, sample: Sample, recipe: Recipe) 
     if not recipe.repair:
         return Outcome(reference, quantized, None, floor, None)
     rows = slice(0, streams.calibration_rows)
-    evidence = Evidence(reference_features[rows], quantized_features[rows], reference[rows], _groups(sample))
+    evidence = Evidence(reference_features[rows], quantized_features[rows], reference[rows], prompt_groups(sample))
     repair = fit_repair(head, evidence)
     repaired = repair.head.score(quantized_features)
     return Outcome(reference, repaired, quantized if repair.changed else None, floor, repair)
@@ -81,7 +81,7 @@ def _two(scores: torch.Tensor, row: int) -> tuple[float, float]:
     return float(scores[row]), float(scores[row + 1])
 
 
-def _groups(sample: Sample) -> list[int]:
+def prompt_groups(sample: Sample) -> list[int]:
     """Calibration rows of one prompt get one number."""
     numbers: dict[str, int] = {}
     prompts = (repr(row.conversation.messages[:-1]) for row in sample.calibration)
