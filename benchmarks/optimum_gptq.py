@@ -29,6 +29,7 @@ from optimum.gptq import quantizer as optimum_quantizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from quantize.progress import peak_memory  # noqa: E402
 from runtime.hf_model import Qwen2ForRewardModel  # noqa: E402
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization  # noqa: E402
 
@@ -55,7 +56,8 @@ def main() -> int:
     save(quantizer, model, arguments)
     seconds["save"] = time.perf_counter() - start
     settings = {name: getattr(quantizer, name) for name in ("damp_percent", "desc_act", "act_group_aware", "sym")}
-    print(json.dumps({"seconds": seconds, "settings": settings, "losses": losses}))
+    memory = peak_memory()
+    print(json.dumps({"seconds": seconds, "peak_memory": memory, "settings": settings, "losses": losses}))
     return 0
 
 

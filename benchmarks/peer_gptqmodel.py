@@ -1,13 +1,14 @@
-"""Our GPTQ against gptqmodel's, through optimum: same model, rows, bits and group size, each in its own process.
+"""Our GPTQ against gptqmodel's, through optimum, and other peers: same model, rows, bits and group size.
 
     python benchmarks/peer_gptqmodel.py --work /tmp/peer --pairs pairs.jsonl.gz --count 500 --json result.json
 
-Both quantize the same token ids with as many threads. Ours is the ordinary command: besides quantizing it computes
-the reference and noise-floor streams and writes a report, all of which is in its time. Compared are wall time and
-peak memory of the processes, the relative output error of every linear on held-out conversations (inputs of the
-unquantized model, so that both answer the same question), and the scores on held-out pairs, computed by the kit
-for both: with the stored head, and for ours also with the original one. Without --pairs the bundled pairs that are
-not calibrated on are used. Finished quantizations are kept in --work and reused. Needs the `interop` extra.
+Each quantizes the same token ids in a process of its own, with as many threads. Ours is the ordinary command: besides
+quantizing it computes the reference and noise-floor streams and writes a report, all of which is in its time.
+Compared are wall time, CPU time and peak memory of the processes; the relative output error of every linear on held-out
+conversations, on inputs of the unquantized model, so that all answer the same question; and the scores on held-out
+pairs, computed by the kit for all, ours with and without its repair of the head. Without --pairs the bundled pairs that
+are not calibrated on are used. Finished quantizations are kept in --work and reused. Needs the `interop` extra, and for
+--peers auto-round that package.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -32,7 +34,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.variants import draw_pairs  # noqa: E402
+from benchmarks.variants import draw_pairs, slug  # noqa: E402
 from calibration.conversations import load_rows  # noqa: E402
 from calibration.sampling import Sample, sample  # noqa: E402
 from quantize.settings import usable_group_size  # noqa: E402
@@ -46,7 +48,13 @@ from runtime.qwen2 import FLOAT32, Block, Rotary  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 from runtime.sweep import read_head  # noqa: E402
 
-OURS, PEER = "worldpm-kit", "gptqmodel"
+OURS = "worldpm-kit"
+PEERS = {
+    "gptqmodel": ["optimum_gptq.py"],
+    "gptqmodel, damp 0.01": ["optimum_gptq.py", "--damp-percent", "0.01"],  # ours; optimum's is 0.1
+    "auto-round": ["autoround_gptq.py"],
+    "auto-round, 50 steps": ["autoround_gptq.py", "--iterations", "50"],
+}
 
 
 def main() -> int:
@@ -58,11 +66,10 @@ def main() -> int:
     widths = [model.architecture.linear_shape(name)[1] for name in BLOCK_LINEARS]
     group_size, _ = usable_group_size(arguments.group_size, widths)
 
-    runs = {
-        OURS: run_once(OURS, our_command(model, group_size, arguments), arguments),
-        PEER: run_once(PEER, peer_command(model, group_size, drawn, arguments), arguments),
-    }
-    variants = {name: open_checkpoint(arguments.work / name) for name in runs}
+    runs = {OURS: run_once(OURS, our_command(model, group_size, arguments), arguments)}
+    for name in arguments.peers:
+        runs[name] = run_once(name, peer_command(name, model, group_size, drawn, arguments), arguments)
+    variants = {name: open_checkpoint(arguments.work / slug(name)) for name in runs}
     losses = layer_losses(model, variants, pairs[: arguments.loss_rows], arguments.token_budget)
     figures = score_figures(model, variants, pairs)
     print_tables(runs, losses, figures)
@@ -75,9 +82,9 @@ def main() -> int:
         "pairs": len(pairs) // 2,
         "threads": arguments.threads,
         "runs": runs,
-        "time_ratio": round(runs[PEER]["seconds"] / runs[OURS]["seconds"], 2),
+        "time_ratio": {name: round(runs[name]["seconds"] / runs[OURS]["seconds"], 2) for name in arguments.peers},
         "losses": losses,
-        "loss_ratio": loss_ratio(losses),
+        "mean_losses": mean_losses(losses),
         "figures": figures,
     }
     if arguments.json:
@@ -99,17 +106,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=500, help="how many of them")
     parser.add_argument("--max-tokens", type=int, default=256, help="leave out longer ones of --pairs")
     parser.add_argument("--loss-rows", type=int, default=32, help="held-out conversations for layer losses")
-    parser.add_argument("--damp-percent", type=float, help="the peer's (default: its own)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both (default %(default)s)")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, metavar="NAME", default=["gptqmodel"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process (default %(default)s)")
     parser.add_argument("--token-budget", type=int, default=2048)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both while quantizing")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all while quantizing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
-# ---- the two quantizations ------------------------------------------------------------------------------
+# ---- the quantizations ----------------------------------------------------------------------------------
 
 
 def draw_sample(model: Checkpoint, arguments: argparse.Namespace) -> Sample:
@@ -148,20 +155,23 @@ def our_command(model: Checkpoint, group_size: int, arguments: argparse.Namespac
     return [sys.executable, str(ROOT / "quantize" / "run.py"), *flags, "--json"]
 
 
-def peer_command(model: Checkpoint, group_size: int, drawn: Sample, arguments: argparse.Namespace) -> list[str]:
+def peer_command(
+    name: str, model: Checkpoint, group_size: int, drawn: Sample, arguments: argparse.Namespace
+) -> list[str]:
     rows = arguments.work / "rows.json"
     rows.write_text(json.dumps([row.rendered.token_ids for row in drawn.calibration]))
-    command = [sys.executable, str(ROOT / "benchmarks" / "optimum_gptq.py"), str(model.directory), str(rows)]
-    command += [str(arguments.work / PEER), "--bits", str(arguments.bits), "--group-size", str(group_size)]
-    command += ["--dtype", arguments.dtype]
-    return command + ([] if arguments.damp_percent is None else ["--damp-percent", str(arguments.damp_percent)])
+    script, *more = PEERS[name]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), str(model.directory), str(rows)]
+    command += [str(arguments.work / slug(name)), "--bits", str(arguments.bits), "--group-size", str(group_size)]
+    return [*command, "--dtype", arguments.dtype, *more]
 
 
 def run_once(name: str, command: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
     """Wall and CPU seconds and peak memory of the process, and its last line; an earlier run's if there is one."""
-    record, log = arguments.work / f"{name}.json", arguments.work / f"{name}.log"
+    record, log = (arguments.work / f"{slug(name)}.{suffix}" for suffix in ("json", "log"))
     if record.exists():
         return json.loads(record.read_text())
+    shutil.rmtree(arguments.work / slug(name), ignore_errors=True)  # of a run that failed
     threads = str(arguments.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
     start = time.perf_counter()
@@ -172,11 +182,12 @@ def run_once(name: str, command: list[str], arguments: argparse.Namespace) -> di
     seconds = time.perf_counter() - start
     if os.waitstatus_to_exitcode(status):
         raise SystemExit(f"{name} failed; its output is in {log}")
+    reported = json.loads(last[0])
     result = {
         "seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_memory": usage.ru_maxrss * 1024,
-        "reported": json.loads(last[0]),
+        "peak_memory": reported["peak_memory"],  # as usage has it, it starts from this process's
+        "reported": reported,
     }
     record.write_text(json.dumps(result, indent=1))
     return result
@@ -248,13 +259,17 @@ def by_pair(scores: torch.Tensor) -> np.ndarray:
     return scores.double().numpy().reshape(-1, 2)
 
 
-def loss_ratio(losses: list[dict[str, Any]]) -> dict[str, float]:
-    """The peer's loss over ours, geometric mean by kind of linear and over all."""
-    logs: defaultdict[str, list[float]] = defaultdict(list)
+def mean_losses(losses: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Geometric means over blocks: kind of linear, or `all`, to variant to relative loss."""
+    logs: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in losses:
-        for kind in (row["linear"], "all"):
-            logs[kind].append(math.log(row[PEER] / row[OURS]))
-    return {kind: round(math.exp(sum(values) / len(values)), 3) for kind, values in logs.items()}
+        for name in row.keys() - {"block", "linear"}:
+            for kind in (row["linear"], "all"):
+                logs[kind][name].append(math.log(row[name]))
+    return {
+        kind: {name: math.exp(sum(values) / len(values)) for name, values in by_name.items()}
+        for kind, by_name in logs.items()
+    }
 
 
 def print_tables(runs: dict[str, Any], losses: list[dict[str, Any]], figures: dict[str, dict[str, Any]]) -> None:
@@ -263,12 +278,11 @@ def print_tables(runs: dict[str, Any], losses: list[dict[str, Any]], figures: di
     for name, run in runs.items():
         table.add_row(name, str(run["seconds"]), str(run["cpu_seconds"]), f"{run['peak_memory'] / 2**30:.2f} GiB")
     console.print(table)
-    table = Table("linear", *runs, "ratio", title="relative output error, geometric mean over blocks")
-    ratios = loss_ratio(losses)
+    table = Table("linear", *runs, title="relative output error, geometric mean over blocks")
+    means = mean_losses(losses)
     for kind in [*BLOCK_LINEARS, "all"]:
-        rows = [row for row in losses if kind in (row["linear"], "all")]
-        means = [math.exp(sum(math.log(row[name]) for row in rows) / len(rows)) for name in runs]
-        table.add_row(kind, *(f"{mean:.3e}" for mean in means), f"{ratios[kind]:.2f}")
+        ours = means[kind][OURS]
+        table.add_row(kind, *(f"{means[kind][name]:.3e} ({means[kind][name] / ours:.2f})" for name in runs))
     console.print(table)
     shown = ("agreement", "spearman", "mean_shift", "shift_after_affine")
     table = Table("scores of", *shown, "flips")

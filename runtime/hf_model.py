@@ -31,7 +31,8 @@ class Qwen2ForRewardModel(Qwen2PreTrainedModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """input_ids [B, T], right-padded under attention_mask, to scores fp32 [B]."""
-        hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).last_hidden_state
+        options = {"use_cache": False} | kwargs
+        hidden = self.model(input_ids, attention_mask=attention_mask, **options).last_hidden_state
         if attention_mask is None:
             last = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=hidden.device)
         else:

@@ -1,0 +1,90 @@
+"""Another peer: quantize a reward model with AutoRound into the GPTQ layout, on given rows.
+
+    python benchmarks/autoround_gptq.py MODEL ROWS.json OUTPUT --bits 4 --group-size 128
+
+As `optimum_gptq.py`, which see; `pip install auto-round` first. AutoRound tunes each rounding by signed gradient
+descent, 200 steps a block unless told otherwise. It leaves the last token of every row out of its loss and masks it
+for attention: for a language model that token predicts nothing, in a reward model it is the one that is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from auto_round import AutoRound
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from quantize.progress import peak_memory  # noqa: E402
+from runtime.hf_model import Qwen2ForRewardModel  # noqa: E402
+from runtime.quantization import Quantization  # noqa: E402
+
+
+def main() -> int:
+    arguments = parse()
+    start = time.perf_counter()
+    model = Qwen2ForRewardModel.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
+    rows = read_rows(arguments.rows)
+    tuner = AutoRound(
+        model,
+        PreTrainedTokenizerFast.from_pretrained(arguments.model),
+        bits=arguments.bits,
+        group_size=arguments.group_size,
+        dataset=rows,
+        nsamples=len(rows),
+        seqlen=min(row["input_ids"].shape[1] for row in rows),  # shorter rows would be left out
+        iters=arguments.iterations,
+        batch_size=1,  # rows differ in length; as many of them make a step as its own batches have
+        gradient_accumulate_steps=min(8, len(rows)),
+        device_map="cpu",
+    )
+    written = tuner.quantize_and_save(str(arguments.output / "auto-round"), format="auto_gptq")[1]
+    settle(Path(written), arguments)
+    seconds = {"all": time.perf_counter() - start}
+    settings = {"iterations": arguments.iterations}
+    print(json.dumps({"seconds": seconds, "peak_memory": peak_memory(), "settings": settings}))
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    return parser.parse_args()
+
+
+def read_rows(path: Path) -> list[dict[str, torch.Tensor]]:
+    rows = [torch.tensor([row]) for row in json.loads(path.read_text())]
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+
+
+def settle(written: Path, arguments: argparse.Namespace) -> None:
+    """Move the weights from AutoRound's subdirectory to where they were asked for, beside the model's own files."""
+    for file in [*written.glob("*.safetensors"), *written.glob("*.index.json")]:
+        file.rename(arguments.output / file.name)
+    for file in arguments.model.iterdir():
+        if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and file.is_file():
+            shutil.copy(file, arguments.output)
+    config: dict[str, Any] = json.loads((arguments.model / "config.json").read_text())
+    layout = Quantization(method="gptq", bits=arguments.bits, group_size=arguments.group_size)
+    config["quantization_config"] = layout.to_config()
+    (arguments.output / "config.json").write_text(json.dumps(config, indent=2))
+    shutil.rmtree(arguments.output / "auto-round")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
