@@ -75,9 +75,7 @@ def test_second_use_fetches_nothing_and_says_nothing(wheel: Path, capsys: pytest
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_build_is_the_same_bytes_every_time(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_is_the_same_bytes_every_time(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = demo_directory(Fetcher(wheel))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     second = demo_directory(Fetcher(wheel))
