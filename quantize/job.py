@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import torch
+
 from quantize.recipe import Recipe
 from runtime.errors import JobError, KitError
 from runtime.files import write_whole
@@ -47,7 +49,8 @@ class Job:
         lock = _lock(output)
         state = _read_state(output)
         if state is None:
-            state = {"schema": SCHEMA, "recipe": asdict(recipe), "shards": {}, "blocks": [], "finished": False}
+            state = {"schema": SCHEMA, "recipe": asdict(recipe), "threads": torch.get_num_threads()}
+            state |= {"shards": {}, "blocks": [], "finished": False}
         elif not resume:
             raise JobError(
                 f"{output} already holds a {'finished' if state['finished'] else 'started'} job; add --resume to go "
@@ -79,6 +82,11 @@ class Job:
     def streams(self) -> Path:
         """Where the streams' buffers live until the job is finished."""
         return self.output / "job" / "streams"
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that the job was started with: sums that are split otherwise round otherwise."""
+        return self._state["threads"]
 
     @property
     def blocks(self) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from types import FrameType
 if __package__ in (None, ""):  # run as a file: Python put quantize/ first on the path, the tree belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -82,6 +83,7 @@ def quantize(arguments: Namespace, console: Console) -> int:
     with Job.open(output, inputs.recipe, resume=arguments.resume) as job:
         if not job.finished:
             check_disk(inputs.plan, output)
+            torch.set_num_threads(job.threads)
             writer = Writer(output, inputs.checkpoint, inputs.recipe.quantization())
 
             # 3. Sweep the blocks, then score and repair.

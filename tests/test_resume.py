@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantize.job import Job
 from quantize.streams import Streams
@@ -125,6 +126,19 @@ def test_stopped_at_a_chosen_moment(place, undisturbed, tmp_path, moment):
     assert run(place, tmp_path / "out", "--resume") == 0
     assert digests(tmp_path / "out") == undisturbed
     assert leftovers(tmp_path / "out") == []
+
+
+def test_a_resume_takes_the_threads_that_the_job_was_started_with(place, undisturbed, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        pull(patch, Job, "finish_block", 2)
+        with pytest.raises(Pulled):
+            run(place, tmp_path / "out")
+    before, used = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before + 1)
+    assert run(place, tmp_path / "out", "--resume") == 0
+    assert used == [before]
+    assert digests(tmp_path / "out") == undisturbed
 
 
 def test_stopped_again_and_again(place, undisturbed, tmp_path):
