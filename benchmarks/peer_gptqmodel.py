@@ -14,6 +14,7 @@ are not calibrated on are used. Finished quantizations are kept in --work and re
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -38,7 +39,7 @@ from benchmarks.variants import draw_pairs, slug  # noqa: E402
 from calibration.conversations import load_rows  # noqa: E402
 from calibration.sampling import Sample, sample  # noqa: E402
 from quantize.settings import usable_group_size  # noqa: E402
-from runtime.architecture import BLOCK_LINEARS  # noqa: E402
+from runtime.architecture import BLOCK_LINEARS, HEAD_TENSORS  # noqa: E402
 from runtime.batching import pack  # noqa: E402
 from runtime.chat import Rendered, Renderer  # noqa: E402
 from runtime.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
@@ -66,9 +67,10 @@ def main() -> int:
     widths = [model.architecture.linear_shape(name)[1] for name in BLOCK_LINEARS]
     group_size, _ = usable_group_size(arguments.group_size, widths)
 
-    runs = {OURS: run_once(OURS, our_command(model, group_size, arguments), arguments)}
-    for name in arguments.peers:
-        runs[name] = run_once(name, peer_command(name, model, group_size, drawn, arguments), arguments)
+    commands = {OURS: our_command(model, group_size, arguments)}
+    commands |= {name: peer_command(name, model, group_size, drawn, arguments) for name in arguments.peers}
+    rows = drawn.fingerprint()
+    runs = {name: run_once(name, command, rows, arguments) for name, command in commands.items()}
     variants = {name: open_checkpoint(arguments.work / slug(name)) for name in runs}
     losses = layer_losses(model, variants, pairs[: arguments.loss_rows], arguments.token_budget)
     figures = score_figures(model, variants, pairs)
@@ -166,12 +168,23 @@ def peer_command(
     return [*command, "--dtype", arguments.dtype, *more]
 
 
-def run_once(name: str, command: list[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Wall and CPU seconds and peak memory of the process, and its last line; an earlier run's if there is one."""
+def identity(source: str) -> str:
+    """Changes with the demo's head, which a fingerprint of headers does not see."""
+    model = open_checkpoint(source)
+    digest = hashlib.sha256(model.fingerprint().encode())
+    for name in HEAD_TENSORS:
+        digest.update(model.read(name).float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run_once(name: str, command: list[str], rows: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Wall and CPU seconds and peak memory of the process, and its last line; an earlier run's if it did the same."""
     record, log = (arguments.work / f"{slug(name)}.{suffix}" for suffix in ("json", "log"))
-    if record.exists():
-        return json.loads(record.read_text())
-    shutil.rmtree(arguments.work / slug(name), ignore_errors=True)  # of a run that failed
+    inputs = {"model": identity(arguments.model), "rows": rows, "command": command, "threads": arguments.threads}
+    earlier = json.loads(record.read_text()) if record.exists() else {}
+    if earlier.get("inputs") == inputs:
+        return earlier
+    shutil.rmtree(arguments.work / slug(name), ignore_errors=True)  # of another run, or one that failed
     threads = str(arguments.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
     start = time.perf_counter()
@@ -188,7 +201,10 @@ def run_once(name: str, command: list[str], arguments: argparse.Namespace) -> di
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_memory": reported["peak_memory"],  # as usage has it, it starts from this process's
         "reported": reported,
+        "inputs": inputs | {"model": identity(arguments.model)},
     }
+    if result["inputs"] != inputs:
+        raise SystemExit(f"{arguments.model} was changed while {name} quantized it; run this again.")
     record.write_text(json.dumps(result, indent=1))
     return result
 
