@@ -154,9 +154,9 @@ CANDIDATES: dict[str, Callable[[ScoreHead, Evidence], ScoreHead]] = {
 
 
 def head_tensors(head: ScoreHead) -> dict[str, torch.Tensor]:
-    """The score head's tensors by their names in a checkpoint."""
+    """The score head's tensors in fp32 by their names in a checkpoint: some loaders trip over a head of two dtypes."""
     return {
-        "score." + name.removeprefix("score_").replace("_", "."): tensor
+        "score." + name.removeprefix("score_").replace("_", "."): tensor.float()
         for name, tensor in vars(head).items()
         if name.startswith("score_")
     }

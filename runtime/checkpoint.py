@@ -78,10 +78,16 @@ class Checkpoint:
         return [path for file in TOKENIZER_FILES if (path := self.directory / file).is_file()]
 
     def fingerprint(self) -> str:
-        """sha256 over the config and each shard's name, size and header: cheap, no proof of the weights."""
+        """sha256 over the config, each shard's name, size and header, and the score head's bytes.
+
+        Cheap, and no proof of the block weights; but checkpoints of one family, alike in every header, differ in
+        the head that each was fine-tuned with.
+        """
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
         for shard in sorted(self.shards, key=lambda shard: shard.file.name):
             digest.update(f"\n{shard.file.name} {shard.size} {shard.header_sha256}".encode())
+        for name in HEAD_TENSORS:
+            digest.update(self.read(name).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 

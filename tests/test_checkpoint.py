@@ -55,6 +55,11 @@ def test_fingerprint_follows_config_and_headers(damaged, tiny_checkpoint):
     assert len({first, second, open_checkpoint(damaged).fingerprint()}) == 3
 
 
+def test_fingerprint_tells_fine_tuned_siblings_apart(damaged, tiny_checkpoint):
+    change_tensors(damaged, lambda tensors: tensors.update({"score.2.bias": tensors["score.2.bias"] + 1}))
+    assert open_checkpoint(damaged).fingerprint() != open_checkpoint(tiny_checkpoint).fingerprint()
+
+
 def test_a_language_model_head_and_rotary_tables_are_ignored(damaged):
     strays = {
         "lm_head.weight": torch.full((320, 64), float("nan")),
