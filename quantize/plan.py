@@ -16,8 +16,11 @@ from runtime.errors import PlanError
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
 
 GIB = 1 << 30
-# Python with torch, tokenizers, scipy and what their threads hold, before any tensor (measured: 0.3 to 0.55 GB).
-INTERPRETER = 600 << 20
+# Python with torch, tokenizers and scipy, before any tensor, and what each further thread holds of its own
+# (measured on the demo: 0.95 GiB in all with one thread, 1.05 with two).
+INTERPRETER = 480 << 20
+THREAD = 128 << 20
+MOST_THREADS = 8  # beyond which none was measured
 BITSANDBYTES = 128 << 20  # and what it imports
 # Of one linear while it is solved, by weight: its 16-bit original reordered, the fp32 weight that becomes the
 # error, the dequantized weight in fp32, codes before and after packing, and room for what a block of columns takes.
@@ -135,7 +138,8 @@ class Plan:
         embedding = self.architecture.vocab_size * self.architecture.hidden_size * self.architecture.dtype.itemsize
         ahead = self.block_bytes if self.prefetch else 0
         block = ahead + (self.working_bytes if self.device == "cpu" else self.block_bytes + self._packed_block)
-        libraries = INTERPRETER + (BITSANDBYTES if self.quantization.method == "nf4" else 0)
+        threads = THREAD * (min(torch.get_num_threads(), MOST_THREADS) - 1)
+        libraries = INTERPRETER + threads + (BITSANDBYTES if self.quantization.method == "nf4" else 0)
         return libraries + self.stream_bytes + max(2 * embedding, block)
 
     @property
