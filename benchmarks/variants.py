@@ -51,7 +51,7 @@ VARIANTS = {
     "gptq-4, desc_act": ["--desc-act", "--no-static-groups"],
     "gptq-4, asymmetric": ["--asymmetric"],
     "gptq-4, all tokens alike": ["--scored-share", "0"],
-    "gptq-4, scored share 1/8": ["--scored-share", "0.125"],
+    "gptq-4, scored share 1/32": ["--scored-share", "0.03125"],
     "gptq-4, scored share 1/2": ["--scored-share", "0.5"],
     "gptq-4, damp 0.001": ["--damp-percent", "0.001"],
     "gptq-4, damp 0.05": ["--damp-percent", "0.05"],

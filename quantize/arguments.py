@@ -145,9 +145,9 @@ def _add_solver(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--scored-share",
         type=float,
-        default=1 / 32,
+        default=1 / 8,
         metavar="P",
-        help="share of a row's weight that the scored token carries (default 1/32; 0: all tokens alike)",
+        help="share of a row's weight that the scored token carries (default 1/8; 0: all tokens alike)",
     )
     group.add_argument("--no-static-groups", action="store_true", help="choose scales when a group is entered")
     group.add_argument("--no-activation-order", action="store_true", help="solve columns in their stored order")
