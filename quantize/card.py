@@ -40,8 +40,7 @@ Scorer.from_pretrained("path/to/this/directory").score([[
 
 def render_card(recipe: Recipe, model: str, description: str, report: ParityReport | None, kit: str) -> str:
     """README.md of the checkpoint, without anything that depends on the clock."""
-    settings = {name: value for name, value in vars(recipe).items() if name not in ("model", "conversations")}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in recipe.choices().items())
     return CARD.format(
         model=model,
         method=recipe.method,

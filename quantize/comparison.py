@@ -40,7 +40,6 @@ def reference_scores(inputs: Inputs, outcome: Outcome) -> ReferenceScores:
 
 def _subject(inputs: Inputs) -> Subject:
     recipe = inputs.recipe
-    settings = {name: value for name, value in vars(recipe).items() if name not in ("model", "conversations")}
     return Subject(
         model=inputs.checkpoint.name,
         method=recipe.method,
@@ -49,7 +48,7 @@ def _subject(inputs: Inputs) -> Subject:
         group_size=recipe.group_size,
         reference_dtype=_reference_dtype(inputs),
         kit_version=kit_version(),
-        settings=settings,
+        settings=recipe.choices(),
     )
 
 

@@ -57,6 +57,10 @@ class Recipe:
         """Whether the method looks at activations."""
         return self.method == "gptq"
 
+    def choices(self) -> dict[str, Any]:
+        """What was chosen, without the fingerprints of what was read: for reports and cards."""
+        return {name: value for name, value in asdict(self).items() if name not in ("model", "conversations")}
+
     def settings(self) -> GPTQSettings:
         """The solver's part."""
         names = {field.name for field in fields(GPTQSettings)}
