@@ -218,18 +218,15 @@ class _Packer:
 def token_weights(stream: Stream, batch: int, scored_share: float) -> torch.Tensor | None:
     """Weights [T] that give each sequence's scored token `scored_share` of the sequence's weight.
 
-    One token in some hundreds is the scored one; the others matter only through it. A sequence weighs its
-    length in all. None where all tokens weigh alike.
+    One token in some hundreds is the scored one; the others matter only through it, and weigh 1. None where
+    all tokens weigh alike.
     """
     if scored_share <= 0:
         return None
     layout = stream.batches[batch]
     weights = torch.ones(layout.tokens, device=stream.device)
-    for scored, start, end in zip(layout.scored.tolist(), layout.cu_seqlens, layout.cu_seqlens[1:], strict=False):
-        length = end - start
-        if length > 1 and scored_share * length > 1:
-            weights[start:end] = (1 - scored_share) * length / (length - 1)
-            weights[scored] = scored_share * length
+    before = layout.positions[layout.scored].float()
+    weights[layout.scored] = (before * scored_share / (1 - scored_share)).clamp_min(1.0)
     return weights
 
 

@@ -73,15 +73,16 @@ class Hessian:
 
 
 def _factors(x: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs (left, right) of [T, K] whose products left^T right add up to sum_t w_t x_t x_t^T."""
-    if x.dtype == torch.bfloat16 and weights is None:
+    """Pairs (left, right) of [T, K] whose products left^T right add up to sum_t w_t x_t x_t^T.
+
+    bf16 tokens are counted once in a product that is exact, and the few that weigh more are added.
+    """
+    if x.dtype == torch.bfloat16:
         yield x, x
-    elif x.dtype == torch.bfloat16 and x.is_cuda and weights is not None:
-        # two bf16 products are far faster there than one in fp32, and high + low holds w x to 16 bits
-        weighted = x * weights[:, None].float()
-        high = weighted.bfloat16()
-        yield high, x
-        yield (weighted - high).bfloat16(), x
+        if weights is not None:
+            heavy = (weights != 1).nonzero()[:, 0]
+            few = x[heavy].float()
+            yield few * (weights[heavy, None] - 1), few
     else:
         x = x.float()
         yield (x if weights is None else x * weights[:, None].float()), x

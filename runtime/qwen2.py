@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture
+from runtime.attention import attention_at, causal_attention
 from runtime.batching import PackedBatch
 from runtime.linear import Linear, Tensors, make_linear
 from runtime.quantization import Quantization
@@ -45,13 +46,14 @@ class Rotary:
         """Tabulate positions 0 to `length` - 1."""
         exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
         angles = torch.arange(length, dtype=torch.float32)[:, None] / architecture.rope_theta**exponents
-        self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)  # [length, head_dim / 2]
+        cos, sin = angles.cos(), angles.sin()
+        self.cos = torch.cat((cos, cos), dim=-1).to(device)  # [length, head_dim]
+        self.sin = torch.cat((-sin, sin), dim=-1).to(device)
 
     def turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotate x [T, heads, head_dim] by its positions [T], in x's dtype."""
         cos, sin = (table[positions][:, None].to(x.dtype) for table in (self.cos, self.sin))
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return (x * cos).add_(x.roll(x.shape[-1] // 2, dims=-1).mul_(sin))
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -59,27 +61,6 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     wide = hidden.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return scaled.to(hidden.dtype) * weight.to(hidden.dtype)
-
-
-def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: tuple[int, ...]
-) -> torch.Tensor:
-    """Exact causal attention within each packed sequence.
-
-    Args:
-        query: [T, heads, head_dim].
-        key, value: [T, kv_heads, head_dim].
-        cu_seqlens: boundaries of the sequences.
-
-    Returns:
-        [T, heads * head_dim].
-    """
-    grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
-        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)[0])
-    return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
 
 
 class Block:
@@ -117,13 +98,15 @@ class Block:
 
     def attention_context(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """What the output projection sees, from `attention_input`: [T, heads * head_dim]."""
-        query, key, value = (
-            self.linears[f"self_attn.{name}_proj"](x).unflatten(-1, (-1, self.architecture.head_dim)) for name in "qkv"
-        )
-        query, key = (
-            self.rotary.turn(x.to(self.numerics.stream), batch.positions).to(self.numerics.matmul) for x in (query, key)
-        )
-        return causal_attention(query, key, value, batch.cu_seqlens)
+        query, key, value = (self._heads(name, x) for name in "qkv")
+        query, key = (self._turn(each, batch.positions) for each in (query, key))
+        return causal_attention(query, key, value, batch.segments)
+
+    def scored_context(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """`attention_context` at the scored tokens alone: [S, heads * head_dim]."""
+        query, key, value = self._heads("q", x[batch.scored]), self._heads("k", x), self._heads("v", x)
+        query = self._turn(query, batch.positions[batch.scored])
+        return attention_at(batch, query, self._turn(key, batch.positions), value)
 
     def after_attention(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """The residual stream after attention: [T, H]."""
@@ -147,6 +130,18 @@ class Block:
         """hidden [T, H] to hidden [T, H]."""
         hidden = self.after_attention(hidden, self.attention_context(self.attention_input(hidden), batch))
         return self.after_mlp(hidden, self.mlp_activation(self.mlp_input(hidden)))
+
+    def at_scored(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """hidden [T, H] to hidden [S, H] at the scored tokens: all that anybody needs of the last block."""
+        context = self.scored_context(self.attention_input(hidden), batch)
+        hidden = self.after_attention(hidden[batch.scored], context)
+        return self.after_mlp(hidden, self.mlp_activation(self.mlp_input(hidden)))
+
+    def _heads(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return self.linears[f"self_attn.{name}_proj"](x).unflatten(-1, (-1, self.architecture.head_dim))
+
+    def _turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.rotary.turn(x.to(self.numerics.stream), positions).to(self.numerics.matmul)
 
     def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden, self.norms[name], self.architecture.rms_norm_eps).to(self.numerics.matmul)

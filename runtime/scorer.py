@@ -125,14 +125,18 @@ class Scorer:
         """What the head starts from: the last block's hidden states [n, H] at the scored tokens."""
         hidden = torch.empty(len(rendered), self.checkpoint.architecture.hidden_size, device=self.device)
         for batch in pack(rendered, self.token_budget):
-            hidden[list(batch.rows)] = self._pass(batch.to(self.device))[batch.scored].float()
+            hidden[list(batch.rows)] = self._pass(batch.to(self.device)).float()
         return hidden
 
     def _pass(self, batch: PackedBatch) -> torch.Tensor:
+        """Hidden states [S, H] at the scored tokens after the last block."""
         hidden = self._embedding[batch.token_ids.cpu()].to(self.device, self.numerics.stream)
-        for index, block in enumerate(self._blocks):
+        *blocks, last = self._blocks
+        for index, block in enumerate(blocks):
             hidden = block(hidden, batch)
             check_finite(hidden, batch, f"block {index}")
+        hidden = last.at_scored(hidden, batch)
+        check_finite(hidden, batch, f"block {len(blocks)}", scored=True)
         return hidden
 
 

@@ -140,11 +140,15 @@ def _buffer(shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> to
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
 
 
-def check_finite(hidden: torch.Tensor, batch: PackedBatch, where: str) -> None:
-    """Raise NonFiniteError naming the first row of `batch` whose hidden states [T, H] are not all finite."""
+def check_finite(hidden: torch.Tensor, batch: PackedBatch, where: str, *, scored: bool = False) -> None:
+    """Raise NonFiniteError naming the first row of `batch` whose hidden states [T, H] are not all finite.
+
+    With `scored`, hidden is [S, H] at the scored tokens.
+    """
     if torch.isfinite(hidden.sum(dtype=torch.float64)):  # finite only if every term is
         return
-    row = batch.row_at(int((~torch.isfinite(hidden)).any(-1).nonzero()[0]))
+    first = int((~torch.isfinite(hidden)).any(-1).nonzero()[0])
+    row = batch.rows[first] if scored else batch.row_at(first)
     raise NonFiniteError(
         f"{where}: a non-finite activation in conversation {row}; look for damaged weights in this block, "
         "or compute in float32 if the checkpoint is float16."

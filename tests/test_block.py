@@ -11,7 +11,7 @@ from quantize import block as block_module
 from quantize.block import PackedBlock, quantize_block, token_weights
 from quantize.streams import Streams
 from runtime.architecture import BIASED_LINEARS, BLOCK_LINEARS, BLOCK_NORMS, Architecture
-from runtime.batching import PackedBatch
+from runtime.batching import pack
 from runtime.chat import Rendered
 from runtime.errors import NonFiniteError
 from runtime.linear import Tensors
@@ -151,15 +151,12 @@ def test_each_stop_has_the_hessian_of_what_the_packed_linears_before_it_give(mon
     stream = streams.quantized
     for index in streams.calibration_batches:
         batch, hidden = stream.batches[index], stream.read(index)
-        for start, end, scored in zip(batch.cu_seqlens, batch.cu_seqlens[1:], batch.scored.tolist(), strict=False):
-            length = end - start
-            weights = torch.ones(length, dtype=torch.float64)
-            if share * length > 1:
-                weights *= (1 - share) * length / (length - 1)
-                weights[scored - start] = share * length
+        for ((start, end),), scored in zip(batch.paths, batch.scored.tolist(), strict=True):
+            weights = torch.ones(end - start, dtype=torch.float64)
+            weights[scored - start] = max(1, share / (1 - share) * (scored - start))
             for group, x in plain_inputs(packed.tensors, hidden[start:end]).items():
                 expected[group] = expected.get(group, 0) + x.T @ (weights[:, None] * x)
-            total += length
+            total += weights.sum().item()
     assert len(seen) == len(expected) == 4
     for matrix, (group, sum_) in zip(seen, expected.items(), strict=True):
         wanted = sum_ / total
@@ -193,27 +190,28 @@ def test_parity_rows_teach_nothing():
 
 def make_batch(lengths: list[int], scored: list[int] | None = None) -> Stream:
     """One batch of sequences; `scored` counts from each one's start."""
-    ends = torch.tensor(lengths).cumsum(0)
-    starts = [0, *ends.tolist()]
-    places = [start + (length - 1 if scored is None else scored[i])
-              for i, (start, length) in enumerate(zip(starts, lengths, strict=False))]  # fmt: skip
-    tokens = torch.zeros(int(ends[-1]), dtype=torch.long)
-    batch = PackedBatch(tokens, tokens, tuple(starts), torch.tensor(places), tuple(range(len(lengths))))
-    return Stream([batch], 4)
+    places = scored or [length - 1 for length in lengths]
+    rows = [Rendered([row] * length, place) for row, (length, place) in enumerate(zip(lengths, places, strict=True))]
+    return Stream(pack(rows, sum(lengths)), 4)
 
 
 @pytest.mark.parametrize("share", [1 / 32, 1 / 8, 0.5, 0.99])
-def test_a_row_weighs_its_length_and_its_scored_token_its_share(share):
-    lengths = [200, 40, 1, 33, 2]
-    weights = token_weights(make_batch(lengths, [199, 17, 0, 32, 1]), 0, share)
-    assert weights is not None and (weights > 0).all()
-    for row, (part, length) in enumerate(zip(weights.split(lengths), lengths, strict=True)):
-        assert part.sum().item() == pytest.approx(length, rel=1e-5)
-        scored = [199, 17, 0, 32, 1][row]
-        others = torch.cat((part[:scored], part[scored + 1 :]))
-        assert len(others) == 0 or others.std(unbiased=False) < 1e-6  # all alike
-        if share * length > 1 and length > 1:
-            assert part[scored].item() == pytest.approx(share * length, rel=1e-5)
+def test_the_scored_token_has_its_share_of_what_it_and_all_before_it_weigh(share):
+    lengths, scored = [200, 40, 1, 33, 2], [199, 17, 0, 32, 1]
+    weights = token_weights(make_batch(lengths, scored), 0, share)
+    assert weights is not None
+    for part, place in zip(weights.split(lengths), scored, strict=True):
+        others = torch.cat((part[:place], part[place + 1 :]))
+        assert torch.equal(others, torch.ones_like(others))
+        if share * (place + 1) > 1:
+            assert part[place].item() == pytest.approx(share * part[: place + 1].sum().item(), rel=1e-5)
+
+
+def test_tokens_in_common_count_once_and_each_end_for_itself():
+    prompt = list(range(50))
+    stream = Stream(pack([Rendered([*prompt, 60], 50), Rendered([*prompt, 70, 71, 72], 52)], 100), 4)
+    weights = token_weights(stream, 0, 0.5)
+    assert weights is not None and weights.tolist() == [1.0] * 50 + [50.0] + [1.0, 1.0, 52.0]
 
 
 def test_a_row_so_short_that_the_share_would_take_weight_away_keeps_it():
@@ -271,8 +269,8 @@ def test_every_stage_takes_its_seconds():
 @pytest.mark.parametrize("rows", ["calibration", "parity"])
 def test_an_activation_that_is_no_number_is_named_by_block_and_row(monkeypatch, rows):
     streams = make_streams()
-    batch = (streams.calibration_batches if rows == "calibration" else streams.parity_batches)[0]
-    tokens, row = streams.quantized.batches[batch].tokens, streams.quantized.batches[batch].rows[0]
+    batch = (streams.calibration_batches if rows == "calibration" else streams.parity_batches)[-1]
+    tokens, row = streams.quantized.batches[batch].tokens, streams.quantized.batches[batch].row_at(0)
     real = Block.after_mlp
 
     def after_mlp(self: Block, hidden: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:

@@ -19,13 +19,14 @@ def random_rows(count: int, seed: int = 0) -> list[Rendered]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 60, (count,), generator=generator).tolist()
     rows = [torch.randint(0, 300, (length,), generator=generator).tolist() for length in lengths]
+    rows[1::3] = [row[:20] + other for row, other in zip(rows[0::3], rows[1::3], strict=False)]  # shared prefixes
     return [Rendered(row, len(row) - 1) for row in rows]
 
 
 def swept_scores(directory, rendered, numerics: Numerics, token_budget: int = 128) -> torch.Tensor:
     checkpoint = open_checkpoint(directory)
     architecture = checkpoint.architecture
-    rotary = Rotary(architecture, 64)
+    rotary = Rotary(architecture, 128)
     stream = Stream(pack(rendered, token_budget), architecture.hidden_size, numerics.stream)
     stream.embed(checkpoint.read("model.embed_tokens.weight"))
     for index, tensors in read_blocks(checkpoint):
@@ -65,6 +66,16 @@ def test_a_score_does_not_depend_on_its_neighbours(tiny_checkpoint):
     assert (backwards - alone).abs().max() < 1e-5 * alone.std()
 
 
+def test_the_last_block_at_the_scored_tokens_alone(tiny_checkpoint):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    _, tensors = next(read_blocks(checkpoint))
+    block = Block.from_tensors(checkpoint.architecture, tensors, Rotary(checkpoint.architecture, 128), FLOAT32)
+    (batch,) = pack(random_rows(9), 10_000)
+    hidden = torch.randn(batch.tokens, checkpoint.architecture.hidden_size)
+    assert batch.tokens < sum(end - start for path in batch.paths for start, end in path)
+    assert torch.allclose(block.at_scored(hidden, batch), block(hidden, batch)[batch.scored], atol=1e-5, rtol=1e-5)
+
+
 def test_streams_in_files_equal_streams_in_memory(tiny_checkpoint, tmp_path):
     batches = pack(random_rows(5), 64)
     embedding = open_checkpoint(tiny_checkpoint).read("model.embed_tokens.weight")
@@ -85,6 +96,6 @@ def test_a_non_finite_activation_names_block_and_row(tiny_checkpoint):
     tensors["mlp.down_proj.weight"][3, 5] = float("nan")
     stream = Stream(pack(random_rows(3), 1000), 64)
     stream.embed(checkpoint.read("model.embed_tokens.weight"))
-    block = Block.from_tensors(checkpoint.architecture, tensors, Rotary(checkpoint.architecture, 64), FLOAT32)
+    block = Block.from_tensors(checkpoint.architecture, tensors, Rotary(checkpoint.architecture, 128), FLOAT32)
     with pytest.raises(NonFiniteError, match="block 7, stream: .* conversation 0"):
         stream.advance(block, 7)
