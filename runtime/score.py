@@ -170,6 +170,8 @@ def way_on(arguments: Namespace) -> str:
     if arguments.output is None:
         return "the rows above are whole; with --output a stopped run can be resumed."
     written = Written.load(arguments.output)
+    if written is None and arguments.output.is_file():
+        return f"{arguments.output} is finished."
     if written is None or not written.rows:
         return "no row was written yet; the same command starts again."
     same = " with the same rows on standard input" if arguments.file == "-" else ""

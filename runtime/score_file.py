@@ -63,7 +63,8 @@ class ScoreFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not self.written.rows:
+        counted = Written.load(self.path)  # a signal may have come between a save and its return
+        if error is not None and counted is not None and not counted.rows:
             progress_path(self.path).unlink(missing_ok=True)
             self._file.truncate(0)
             self._leave_nothing()
