@@ -6,7 +6,6 @@ block counts. Its shard is on disk before, and so is what the streams are after 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import shutil
@@ -18,11 +17,10 @@ from typing import IO, Any
 import torch
 
 from quantize.recipe import Recipe
-from runtime.errors import JobError, KitError
+from runtime.errors import MENDABLE, JobError, KitError
 from runtime.files import write_whole
 
 SCHEMA = 1
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Job:

@@ -24,7 +24,7 @@ from quantize.arguments import default_output, parse
 from quantize.card import describe_variant, render_card
 from quantize.comparison import compare, reference_scores
 from quantize.inputs import Inputs, plan_without_weights, read_inputs
-from quantize.job import MENDABLE, Job, refuse_foreign
+from quantize.job import Job, refuse_foreign
 from quantize.outcome import Outcome, conclude
 from quantize.plan import check_disk
 from quantize.plan_table import print_plan
@@ -34,7 +34,7 @@ from quantize.streams import Streams
 from quantize.sweep_job import sweep
 from quantize.writer import Writer
 from runtime.checkpoint import open_checkpoint
-from runtime.errors import KitError
+from runtime.errors import MENDABLE, KitError
 from runtime.files import write_whole
 from runtime.parity import ParityReport, Thresholds, hold, read_report
 from runtime.qwen2 import BFLOAT16, FLOAT32

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import reprlib
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ PAIR_SHAPE = (
     '{"prompt": [{"role": "user", "content": "..."}], "chosen": [{"role": "assistant", "content": "..."}], '
     '"rejected": [{"role": "assistant", "content": "..."}]}'
 )
+RESPONSES_SHAPE = '{"prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."]}'
 MESSAGES_SHAPE = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 
 
@@ -94,6 +96,49 @@ def parse_row(row: Any, where: str = "") -> PreferencePair | list[Message]:
     raise ConversationError(
         f"{_at(where)}the row has {_keys(row)}; {PAIR_SHAPE}, or {MESSAGES_SHAPE} for calibration alone, was expected."
     )
+
+
+def parse_responses(row: dict[str, Any], where: str = "") -> list[list[Message]]:
+    """Read a prompt and any number of responses to it, as best-of-N data has them: one conversation each.
+
+    A response is text or messages that continue `prompt` (text or messages), or, as in `parse_row`, the
+    messages of the whole conversation.
+
+    Raises:
+        EmptyConversationError: the prompt or a response is blank, or there is no response.
+        ConversationError: any other fault, by the response's index.
+    """
+    responses = row.get("responses")
+    if not isinstance(responses, list):
+        raise ConversationError(f"{_at(where)}responses is {_found(responses)}; such a row is {RESPONSES_SHAPE}.")
+    if not responses:
+        raise EmptyConversationError(f"{_at(where)}responses is empty; give one or more, or leave the row out.")
+    prompt = _read_messages(row["prompt"], "prompt", "user", where) if row.get("prompt") not in (None, []) else []
+    conversations = []
+    for index, value in enumerate(responses):
+        response = _read_messages(value, f"responses[{index}]", "assistant", where)
+        conversation = response if prompt and _is_whole(prompt, response) else [*prompt, *response]
+        check_conversation(conversation, f"{_at(where)}responses[{index}]")
+        if not any(message["content"].strip() for message in conversation[:-1]):
+            raise EmptyConversationError(f"{_at(where)}the prompt is blank; give it text or leave the row out.")
+        conversations.append(conversation)
+    return conversations
+
+
+def read_id(row: dict[str, Any], where: str = "") -> str | int | float | None:
+    """What the row calls itself under `id`; None where that is absent, null or NaN.
+
+    Raises:
+        ConversationError: it is neither text nor a number.
+    """
+    value = row.get("id")
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    raise ConversationError(f"{_at(where)}id is {_found(value)}; text or a number was expected.")
 
 
 def read_category(row: dict[str, Any]) -> str:

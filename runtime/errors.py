@@ -4,6 +4,11 @@ A message states the fault, the value found, and the remedy, in that order; comm
 after ``error:`` and exit with status 2.
 """
 
+import errno
+
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Numbers of the OSErrors that a user can mend."""
+
 
 class KitError(Exception):
     """Base of every fault that a user can mend."""
@@ -22,7 +27,7 @@ class PlanError(KitError):
 
 
 class JobError(KitError):
-    """A quantization job that cannot start, go on, or be resumed."""
+    """A job, of quantizing or of scoring, that cannot start, go on, or be resumed."""
 
 
 class NonFiniteError(KitError):

@@ -26,11 +26,12 @@ def is_row_file(path: Path) -> bool:
     return path.name.endswith(SUFFIXES)
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def read_rows(path: Path, *, keep_faults: bool = False) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) for every row of a file; a place is ``pairs.jsonl:12`` or ``pairs.parquet row 12``.
 
     JSONL and Parquet are streamed; a JSON array, or an object of columns, is held whole. JSONL under a
-    `.json` name is recognised. Blank lines are passed over.
+    `.json` name is recognised. Blank lines are passed over. With `keep_faults` a line of JSONL that cannot
+    be read comes as the ConversationError it would have raised, in the row's place, and the next follows.
 
     Raises:
         ConversationError: the file cannot be opened, or is not what its name says, with line and column.
@@ -41,29 +42,60 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if path.name.endswith(".parquet"):
             yield from _parquet_rows(path)
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _jsonl_rows(_lines(path))
+            yield from _jsonl_rows(_lines(path), keep_faults)
         else:
-            yield from _json_rows(path)
+            yield from _json_rows(path, keep_faults)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ConversationError(f"{path} is not a whole gzip file ({error}); fetch or compress it again.") from error
     except OSError as error:
         raise ConversationError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
+def read_lines(file: BinaryIO, name: str, *, keep_faults: bool = False) -> Iterator[tuple[str, Any]]:
+    """As `read_rows`, from an open file of JSONL such as standard input; places are ``name:12``."""
+    return _jsonl_rows(_numbered(file, name), keep_faults)
+
+
+def count_rows(path: Path) -> int | None:
+    """About how many rows a file has, where that is cheap to know: by Parquet's footer, or JSONL's line ends."""
+    if path.name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(path).num_rows
+    if not path.name.endswith(".jsonl"):
+        return None
+    with open(path, "rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
+
+
 def _open(path: Path) -> BinaryIO:
     return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Places and texts of all lines, line ends included."""
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Places and bytes of all lines, line ends included."""
     with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            place = f"{path.name}:{number}"
-            yield place, _decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line, place)
+        yield from _numbered(file, path.name)
 
 
-def _jsonl_rows(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, Any]]:
-    return ((place, _parse(text, place)) for place, text in lines if text.strip())
+def _numbered(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
+    for number, line in enumerate(file, start=1):
+        yield f"{name}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def _jsonl_rows(lines: Iterable[tuple[str, bytes]], keep_faults: bool) -> Iterator[tuple[str, Any]]:
+    for place, line in lines:
+        row: Any
+        try:
+            text = _decode(line, place)
+            if not text.strip():
+                continue
+            row = _parse(text, place)
+        except ConversationError as fault:
+            if not keep_faults:
+                raise
+            row = fault
+        yield place, row
 
 
 def _decode(data: bytes, place: str) -> str:
@@ -90,16 +122,17 @@ def _parse(text: str, place: str) -> Any:
         raise ConversationError(f"{place}: JSON that cannot be read ({error}); mend or remove the line.") from None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    lines = (line for line in _lines(path) if line[1].strip())
-    place, first = next(lines, ("", ""))
+def _json_rows(path: Path, keep_faults: bool) -> Iterator[tuple[str, Any]]:
+    lines = _lines(path)
+    texts = ((place, _decode(line, place)) for place, line in lines)
+    place, first = next((line for line in texts if line[1].strip()), ("", ""))
     try:
         row = json.loads(first)
     except (ValueError, RecursionError):
         row = None  # not whole in its first line
     if isinstance(row, dict) and not _is_columns(row):
         yield place, row
-        yield from _jsonl_rows(lines)
+        yield from _jsonl_rows(lines, keep_faults)
     elif first:
         for number, row in enumerate(_whole_json(path), start=1):
             yield f"{path.name} row {number}", row
@@ -108,7 +141,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _whole_json(path: Path) -> list[Any]:
     """The rows of a JSON array or of an object of columns."""
     try:
-        value = json.loads("".join(text for _, text in _lines(path)))
+        value = json.loads("".join(_decode(line, place) for place, line in _lines(path)))
     except json.JSONDecodeError as error:
         raise ConversationError(
             f"{path.name}:{error.lineno}: not JSON at column {error.colno} ({error.msg}); "

@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 from quantize.arguments import parse
 from quantize.inputs import plan_without_weights
 from quantize.plan_table import plan_rows
+from runtime import score_arguments
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -261,6 +262,13 @@ def test_readme_commands_are_understood():
     assert len(commands) >= 4
     for command in commands:
         parse(shlex.split(command, comments=True))
+
+
+def test_readme_scoring_commands_are_understood():
+    commands = re.findall(r"runtime\.score ([^|>\n]*)", "\n".join(blocks("bash")))
+    assert len(commands) >= 2
+    for command in commands:
+        score_arguments.parse(shlex.split(command))
 
 
 def test_readme_plan_is_current(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 
 import pyarrow
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import ConversationError
-from runtime.rows import read_rows
+from runtime.rows import count_rows, read_lines, read_rows
 
 ROWS = [
     {"prompt": "Why?", "chosen": "Because…", "rejected": "\u2028no", "category": "a"},
@@ -81,6 +82,39 @@ def test_lines_are_read_one_at_a_time(tmp_path):
     assert next(rows)[1] == ROWS[1]
     with pytest.raises(ConversationError, match="rows.jsonl:3: not JSON at column 2, near '{broken'"):
         next(rows)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json"])
+def test_faults_can_be_kept_in_their_places(tmp_path, name):
+    first, second = LINES.splitlines(keepends=True)
+    path = write(tmp_path / name, first + b'{broken\n"caf\xe9"\n\n' + second)
+    read = list(read_rows(path, keep_faults=True))
+    assert [place for place, _ in read] == [f"{name}:{number}" for number in (1, 2, 3, 5)]
+    assert [read[0][1], read[3][1]] == ROWS
+    with pytest.raises(ConversationError, match=f"{name}:2: not JSON"):
+        raise read[1][1]
+    with pytest.raises(ConversationError, match=f"{name}:3: byte 5"):
+        raise read[2][1]
+
+
+def test_a_file_that_is_broken_as_a_whole_is_an_error_all_the_same(tmp_path):
+    for name, content in (("rows.json", b"[{},"), ("rows.parquet", LINES)):
+        with pytest.raises(ConversationError):
+            list(read_rows(write(tmp_path / name, content), keep_faults=True))
+
+
+def test_an_open_file_is_read_as_a_named_one(tmp_path):
+    content = b"\xef\xbb\xbf" + LINES
+    assert list(read_lines(io.BytesIO(content), "rows.jsonl")) == list(
+        read_rows(write(tmp_path / "rows.jsonl", content))
+    )
+
+
+def test_rows_are_counted_where_that_is_cheap(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    assert count_rows(tmp_path / "rows.parquet") == count_rows(write(tmp_path / "rows.jsonl", LINES)) == len(ROWS)
+    assert count_rows(write(tmp_path / "rows.jsonl.gz", LINES)) is None
+    assert count_rows(write(tmp_path / "rows.json", LINES)) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,193 @@
+"""Score a file of rows: `python -m runtime.score pairs.jsonl --model DIR --output scores.jsonl`.
+
+`main` handles how a run can end; `score` is the story.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from runtime.checkpoint import Checkpoint, open_checkpoint
+from runtime.errors import MENDABLE, ConversationError, KitError, NonFiniteError
+from runtime.scorable import Scorable
+from runtime.score_arguments import parse
+from runtime.score_file import ScoreFile
+from runtime.score_input import ScoreInput
+from runtime.score_progress import ScoreProgress
+from runtime.scored_row import Record, scored_record
+from runtime.scorer import Scorer
+from runtime.standard_output import StandardOutput
+from runtime.written import Written
+
+WINDOW_BUDGETS = 4
+BROKEN_PIPE = 141  # what a shell reports of a process that SIGPIPE ended
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        arguments = parse(argv)
+        try:
+            return score(arguments, console)
+        except KeyboardInterrupt:
+            console.print(f"stopped; {way_on(arguments)}")
+            return 130
+    except KitError as error:
+        console.print(f"error: {error}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        console.print(f"error: {error}")
+    return 2
+
+
+def score(arguments: Namespace, console: Console) -> int:
+    """The whole story: look at everything, load, score window by window, say what came of it."""
+    model = arguments.model or "demo"
+    if arguments.model is None:
+        console.print("No --model given, so this is the embedded demo. The real one: --model Qwen/WorldPM-72B")
+
+    # 1. Look at model, output and input, before anything heavy happens.
+    checkpoint = open_checkpoint(model)
+    with open_output(arguments, checkpoint) as output:
+        rows = ScoreInput.open(arguments.file)
+        if earlier := output.written.rows:
+            console.print(f"resuming after row {earlier:,}")
+            rows.skip(earlier, output.written.input)
+
+        # 2. Load the model.
+        chosen = {} if arguments.token_budget is None else {"token_budget": arguments.token_budget}
+        scorer = Scorer.from_pretrained(model, devices=arguments.devices, dtype=arguments.dtype, **chosen)
+
+        # 3. Score window by window; each counts once it is on disk.
+        total = rows.count() if console.is_terminal else None
+        with ScoreProgress(console, output.written, total, quiet=_shows_rows(arguments)) as progress:
+            score_windows(rows, scorer, output, progress, arguments)
+
+        # 4. Make the output what it is to be.
+        output.finish()
+
+    # 5. Say what came of it.
+    announce(output.written, earlier, progress, arguments, console)
+    return 0
+
+
+def open_output(arguments: Namespace, checkpoint: Checkpoint) -> ScoreFile | StandardOutput:
+    """Standard output, or the file to begin or to go on with."""
+    if arguments.output is None:
+        return StandardOutput()
+    recipe = {
+        "model": checkpoint.fingerprint(),
+        "devices": arguments.devices,
+        "dtype": arguments.dtype,
+        "token_budget": arguments.token_budget,
+        "truncate": arguments.truncate,
+    }
+    return ScoreFile(arguments.output, recipe, resume=arguments.resume)
+
+
+def score_windows(
+    rows: ScoreInput, scorer: Scorer, output: ScoreFile | StandardOutput, progress: ScoreProgress, arguments: Namespace
+) -> None:
+    """Read, score and write what is left of the input."""
+    tokens = WINDOW_BUDGETS * scorer.token_budget
+    for window in rows.windows(scorer.renderer, tokens=tokens, truncate=arguments.truncate, strict=arguments.strict):
+        records = score_window(scorer, window)
+        for row in window:
+            if row.error and arguments.strict:
+                raise ConversationError(row.error)
+            if row.error:
+                progress.complain(row.error)
+        output.write(records, sum(row.tokens for row in window), rows.digest)
+        progress.update(output.written)
+
+
+def score_window(scorer: Scorer, window: Sequence[Scorable]) -> list[Record]:
+    """Records of rendered rows, scored in one call.
+
+    Raises:
+        NonFiniteError: not one row has a finite score, so that it is the model's fault rather than a row's.
+    """
+    try:
+        scores = iter(_scores(scorer, window))
+    except NonFiniteError:
+        scores = iter(_scores_alone(scorer, window))
+    return [scored_record(row, [next(scores) for _ in row.rendered]) for row in window]
+
+
+def _scores(scorer: Scorer, rows: Sequence[Scorable]) -> list[float]:
+    rendered = [each for row in rows for each in row.rendered]
+    return scorer.score_rendered(rendered).tolist() if rendered else []
+
+
+def _scores_alone(scorer: Scorer, window: Sequence[Scorable]) -> list[float]:
+    """Of the rows that have finite ones; the others fail."""
+    scores: list[float] = []
+    faults: list[str] = []
+    for row in window:
+        try:
+            scores += _scores(scorer, [row])
+        except NonFiniteError as fault:
+            row.fail(fault)
+            faults.append(row.error)
+    if not scores:
+        raise NonFiniteError(faults[0])
+    return scores
+
+
+def announce(written: Written, earlier: int, progress: ScoreProgress, arguments: Namespace, console: Console) -> None:
+    """One line for people, and one for machines where it was asked for."""
+    speed = {"rows_per_second": progress.rows_per_second, "tokens_per_second": progress.tokens_per_second}
+    seconds, scored = progress.seconds, written.rows - written.errors
+    place = arguments.output or "standard output"
+    console.print(
+        f"{place}: {written.rows:,} rows, {scored:,} scored, {written.errors:,} with errors; {written.tokens:,} tokens"
+        f"; took {seconds:.1f} s, {speed['rows_per_second']:,.1f} rows/s, {speed['tokens_per_second']:,.0f} tokens/s"
+    )
+    if arguments.json:
+        figures: dict[str, Any] = {"output": arguments.output and str(arguments.output), "rows": written.rows}
+        figures |= {"scored": scored, "errors": written.errors, "tokens": written.tokens, "rows_before": earlier}
+        figures |= {"seconds": round(seconds, 3)} | {name: round(rate, 2) for name, rate in speed.items()}
+        print(json.dumps(figures), file=sys.stdout if arguments.output else sys.stderr)
+
+
+def way_on(arguments: Namespace) -> str:
+    """What a stopped run has left, and how to go on with it."""
+    if arguments.output is None:
+        return "the rows above are whole; with --output a stopped run can be resumed."
+    written = Written.load(arguments.output)
+    if written is None and arguments.output.is_file():
+        return f"{arguments.output} is finished."
+    if written is None or not written.rows:
+        return "no row was written yet; the same command starts again."
+    same = " with the same rows on standard input" if arguments.file == "-" else ""
+    return (
+        f"{written.rows:,} rows are in {arguments.output}, and the same command{same} and --resume goes on after them."
+    )
+
+
+def _shows_rows(arguments: Namespace) -> bool:
+    """Whether the rows themselves appear on the terminal, where a progress line would cut into them."""
+    return arguments.output is None and sys.stdout.isatty()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""Scores as JSONL on standard output: for pipes, with nothing to resume."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from runtime.score_formats import encode_jsonl
+from runtime.scored_row import Record
+from runtime.written import Written
+
+
+class StandardOutput:
+    """Used as `ScoreFile` is."""
+
+    def __init__(self) -> None:
+        self.written = Written(recipe={}, threads=0)
+
+    def __enter__(self) -> StandardOutput:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def write(self, records: Sequence[Record], tokens: int, input_digest: str) -> None:
+        """Print a window of rows, whole.
+
+        Raises:
+            BrokenPipeError: nobody reads any more.
+        """
+        sys.stdout.buffer.write(encode_jsonl(records))
+        sys.stdout.buffer.flush()
+        self.written = self.written.plus(records, tokens, input_digest)
+
+    def finish(self) -> None:
+        """Everything is out already."""
