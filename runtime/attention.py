@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,9 @@ def _flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: Sequen
         torch.tensor([0, *lengths], device=query.device).cumsum(0, dtype=torch.int32) for lengths in (own, seen)
     )
     # (-1, 0) sees all before and nothing after, counted from the last key: causal behind a prefix.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return varlen_attn(
-        query, key, value, cu_q, cu_k, max(own), max(seen), window_size=(-1, 0), **grouped
-    ).flatten(1)  # fmt: skip
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.12 asks for it, 2.11 takes it as given
+        options["enable_gqa"] = True
+    outputs = varlen_attn(query, key, value, cu_q, cu_k, max(own), max(seen), **options)
+    assert isinstance(outputs, Tensor)
+    return outputs.flatten(1)

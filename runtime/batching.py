@@ -16,18 +16,17 @@ from runtime.chat import Rendered
 
 SHORTEST_SHARED = 16  # tokens in common; sharing fewer, as all renderings have, costs more than it saves
 
+Path = tuple[tuple[int, int], ...]
+"""Ranges of a batch's tokens that follow one another in a conversation, its first ones first."""
+
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens `start` to `end` of a batch, which continue those in `context`.
-
-    Attributes:
-        context: ranges of the tokens before it, the conversation's first ones first.
-    """
+    """Tokens `start` to `end` of a batch, which continue those in `context`."""
 
     start: int
     end: int
-    context: tuple[tuple[int, int], ...] = ()
+    context: Path = ()
 
     @property
     def prefix(self) -> int:
@@ -45,7 +44,7 @@ class PackedBatch:
         segments: cover the T tokens in order; a segment comes after its context.
         scored: int64 [S], the row of each conversation's scored token among the T.
         rows: the place of each conversation in the caller's order, length S.
-        paths: the ranges that make up each conversation, length S.
+        paths: what each conversation is made of, length S.
     """
 
     token_ids: torch.Tensor
@@ -53,7 +52,7 @@ class PackedBatch:
     segments: tuple[Segment, ...]
     scored: torch.Tensor
     rows: tuple[int, ...]
-    paths: tuple[tuple[tuple[int, int], ...], ...]
+    paths: tuple[Path, ...]
 
     @property
     def tokens(self) -> int:
@@ -119,9 +118,11 @@ def _lay_out(
     pieces: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     segments: list[Segment] = []
-    paths: dict[int, tuple[tuple[int, int], ...]] = {}
+    paths: dict[int, Path] = {}
     filled = 0
-    pending = [(0, len(members), 0, ())]  # members low .. high continue `context` after `depth` tokens
+    pending: list[tuple[int, int, int, Path]] = [
+        (0, len(members), 0, ())
+    ]  # members low .. high continue `context` after `depth` tokens
     while pending:
         low, high, depth, context = pending.pop()
         tokens = sequences[members[low]]
@@ -147,7 +148,7 @@ def _lay_out(
     )
 
 
-def _place(path: tuple[tuple[int, int], ...], index: int) -> int:
+def _place(path: Path, index: int) -> int:
     """Where in the batch token `index` of the conversation on `path` lies."""
     for start, end in path:
         if index < end - start:
