@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from quantize.correction import Correction  # noqa: E402
 from quantize.factor import factorise  # noqa: E402
 from quantize.gptq import solve  # noqa: E402
 from quantize.hessian import Hessian  # noqa: E402
@@ -33,9 +34,10 @@ from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture  # noq
 from runtime.batching import pack  # noqa: E402
 from runtime.chat import Rendered  # noqa: E402
 from runtime.linear import DenseLinear, make_linear  # noqa: E402
+from runtime.numerics import BFLOAT16  # noqa: E402
 from runtime.packing import pack_gptq  # noqa: E402
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization  # noqa: E402
-from runtime.qwen2 import BFLOAT16, Block, Rotary  # noqa: E402
+from runtime.qwen2 import Block, Rotary  # noqa: E402
 
 SEQUENCE = 512  # tokens of each random conversation
 
@@ -79,7 +81,7 @@ class Bench:
             block = self.block(packed=kind == "gptq-4")
             for tokens in self.sizes:
                 rows = [Rendered([0] * SEQUENCE, SEQUENCE - 1)] * (tokens // SEQUENCE)
-                batch = pack(rows, tokens)[0].to(self.device)
+                batch = pack(rows, tokens, share=False)[0].to(self.device)
                 hidden = torch.randn(tokens, self.architecture.hidden_size, device=self.device)
                 seconds = self.timed(lambda block=block, hidden=hidden, batch=batch: block(hidden, batch))
                 share = 2 * self.plan(tokens).block_weights * tokens / seconds / self.rate
@@ -93,7 +95,7 @@ class Bench:
 
     def quantize(self) -> None:
         """Hessian, factorisation and solve of each group of one block, and 80 blocks of that."""
-        stages = dict.fromkeys(("hessian", "factorise", "solve"), 0.0)
+        stages = dict.fromkeys(("hessian", "correction", "factorise", "solve"), 0.0)
         settings = GPTQSettings(group_size=self.group_size)
         for group in BLOCK_LINEAR_GROUPS:
             in_features = self.architecture.linear_shape(group[0])[1]
@@ -104,9 +106,18 @@ class Bench:
             matrix = hessian.matrix()
             found: list[Any] = []
             stages["factorise"] += self.once(lambda m=matrix, f=found: f.append(factorise(m, settings)))
-            for name in group:
-                weight = self.weight(name)
-                stages["solve"] += self.once(lambda w=weight, f=found: solve(w, f[0], settings))
+            linears = [DenseLinear(self.weight(name)) for name in group]
+            correction, weight = Correction(linears, in_features, self.device), hessian.weight
+            lacking = torch.randn(len(x), 1, device=self.device) if len(group) == 1 else None
+            stages["correction"] += self.once(
+                lambda c=correction, x=x, r=lacking, n=rounds: [c.add(x, 0.9 * x, r, None) for _ in range(n)]
+            )
+            for linear in linears:
+                targets: list[Any] = []
+                stages["correction"] += self.once(
+                    lambda t=targets, c=correction, f=found, each=linear, w=weight: t.append(c.target(each, f[0], w))
+                )
+                stages["solve"] += self.once(lambda t=targets, f=found: solve(t[0], f[0], settings))
         say(
             "quantize_block",
             tokens=self.calibration_tokens,
@@ -138,7 +149,7 @@ class Bench:
         return (weight * in_features**-0.5).bfloat16()
 
     def plan(self, tokens: int) -> Plan:
-        return Plan(self.architecture, self.quantization, Load(tokens, 0, tokens), True, 2, False, self.device)
+        return Plan(self.architecture, self.quantization, Load(tokens, 0, tokens), True, True, 2, False, self.device)
 
     def timed(self, action: Callable[[], Any], rounds: int = 5) -> float:
         """Median seconds of `rounds` runs, after two to warm up."""

@@ -44,8 +44,9 @@ from runtime.batching import pack  # noqa: E402
 from runtime.chat import Rendered, Renderer  # noqa: E402
 from runtime.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from runtime.figures import measure_figures  # noqa: E402
+from runtime.numerics import FLOAT32  # noqa: E402
 from runtime.quantization import BLOCK_LINEAR_GROUPS  # noqa: E402
-from runtime.qwen2 import FLOAT32, Block, Rotary  # noqa: E402
+from runtime.qwen2 import Block, Rotary  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 from runtime.sweep import read_head  # noqa: E402
 

@@ -38,6 +38,7 @@ H100 = {
     "quantized stream": 520e12,  # the same, weights dequantized once a batch
     "calibration stops": 520e12,
     "Hessians": 450e12,  # bf16 products with fp32 sums; the symmetric half is computed, 9/16 of the count
+    "correction": 400e12,  # bf16 products, and two triangular solves in fp32
     "factorisation": 25e12,  # fp32, blocked
     "solve": 25e12,  # fp32 products between blocks of columns
 }
@@ -176,6 +177,7 @@ def project(tokens: int = 262_144, blocks: int = 80) -> dict:
         Quantization("gptq", 4, 128),
         Load(tokens, 0, 16384),
         calibrated=True,
+        correction=True,
         matmul_bytes=2,
         prefetch=True,
         device="cuda:0",

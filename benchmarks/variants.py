@@ -34,8 +34,9 @@ from runtime.chat import Rendered, Renderer  # noqa: E402
 from runtime.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from runtime.errors import ConversationError  # noqa: E402
 from runtime.figures import Figures, measure_figures  # noqa: E402
-from runtime.qwen2 import PLAIN_BFLOAT16, ScoreHead  # noqa: E402
-from runtime.scorer import NUMERICS, Scorer  # noqa: E402
+from runtime.numerics import NUMERICS, PLAIN_BFLOAT16  # noqa: E402
+from runtime.qwen2 import ScoreHead  # noqa: E402
+from runtime.scorer import Scorer  # noqa: E402
 from runtime.sweep import read_head  # noqa: E402
 
 VARIANTS = {

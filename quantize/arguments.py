@@ -149,6 +149,9 @@ def _add_solver(group: argparse._ArgumentGroup) -> None:
         metavar="P",
         help="share of a row's weight that the scored token carries (default 1/8; 0: all tokens alike)",
     )
+    group.add_argument(
+        "--no-correction", action="store_true", help="do not correct linears towards the reference stream"
+    )
     group.add_argument("--no-static-groups", action="store_true", help="choose scales when a group is entered")
     group.add_argument("--no-activation-order", action="store_true", help="solve columns in their stored order")
     group.add_argument("--no-importance-scales", action="store_true", help="plain min-max scales")
@@ -162,7 +165,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="inputs of matrix products; the residual stream is float32 always "
-        "(default: float32 on cpu, bfloat16 on cuda)",
+        "(default: bfloat16 on cuda and on a cpu that multiplies it natively, else float32)",
     )
     group.add_argument(
         "--token-budget", type=int, default=2048, metavar="N", help="tokens a batch (default %(default)s)"

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from quantize.correction import Correction
 from quantize.gptq import factorise, solve
 from quantize.hessian import Hessian
 from quantize.int8 import quantize_int8
 from quantize.nf4 import quantize_nf4
 from quantize.recipe import Recipe
 from quantize.rounding import round_to_nearest
+from quantize.streams import Streams
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS
 from runtime.linear import Tensors, make_linear
 from runtime.packing import pack_gptq
@@ -65,71 +67,95 @@ class PackedBlock:
 
 
 def quantize_block(
-    block: Block,
-    stream: Stream,
-    calibration: Sequence[int],
-    parity: Sequence[int],
-    index: int,
-    recipe: Recipe,
-    watch: Watch,
+    block: Block, original: Block, streams: Streams, index: int, recipe: Recipe, watch: Watch
 ) -> PackedBlock:
-    """Replace the linears of `block` one group after another, and push `stream` through what comes of it.
+    """Replace the linears of `block` one group after another, and push both streams through.
 
     Args:
-        block: an unquantized block; its linears are replaced by packed ones.
-        stream: hidden states of the quantized model before this block; `following` is filled.
-        calibration, parity: the batches of `stream` that are calibrated on, and those that are not.
+        block, original: the same unquantized block twice; the linears of `block` are replaced by packed ones.
+        streams: at this block; `following` of the reference and of the quantized stream is filled, of the latter
+            with what comes of the packed block.
         index: the block's number, for messages.
 
     Raises:
         NonFiniteError: an activation or a weight is not finite.
     """
     packer = _Packer(block, recipe, index, watch)
+    reference, quantized, calibration = streams.reference, streams.quantized, streams.calibration_batches
+    # The unquantized block comes first, so that a fault of the checkpoint is told from one of the packed weights.
+    reference.advance(original, index, streams.parity_batches if recipe.calibrated else None)
     if not recipe.calibrated:
         for name in BLOCK_LINEARS:
             packer.round(name)
-        stream.advance(block, index)
+        quantized.advance(block, index)
         return packer.result()
-    for group, inputs in zip(BLOCK_LINEAR_GROUPS, _stops(block, stream, calibration), strict=True):
-        packer.calibrate(group, inputs, stream)
-    for batch in calibration:
-        activation = block.mlp_activation(block.mlp_input(stream.read(batch, following=True)))
-        hidden = block.after_mlp(stream.read(batch, following=True), activation)
-        check_finite(hidden, stream.batches[batch], f"block {index}, {stream.name}")
-        stream.write(batch, hidden)
-    stream.advance(block, index, parity)
+    there, wanted = _stops(block, quantized, calibration), _stops(original, reference, calibration)
+    for group in BLOCK_LINEAR_GROUPS:
+        packer.calibrate(group, zip(next(there), next(wanted), strict=True), quantized)
+    _leave(original, reference, calibration, index)
+    _leave(block, quantized, calibration, index)
+    quantized.advance(block, index, streams.parity_batches)
     return packer.result()
 
 
-def _stops(block: Block, stream: Stream, batches: Sequence[int]) -> Iterator[Iterator[tuple[int, torch.Tensor]]]:
+@dataclass
+class _Stop:
+    """One batch at one stop.
+
+    Attributes:
+        x: [T, K], what the linears will see.
+        residual: [T, H], what the output of the linears will be added to, if it will.
+    """
+
+    batch: int
+    x: torch.Tensor
+    residual: torch.Tensor | None = None
+
+    def less(self, other: _Stop) -> torch.Tensor | None:
+        """How far the other's residual is behind, [T, H]."""
+        return None if self.residual is None or other.residual is None else self.residual - other.residual
+
+
+def _stops(block: Block, stream: Stream, batches: Sequence[int]) -> Iterator[Iterator[_Stop]]:
     """Inputs of the four linear groups, batch by batch. A group must be replaced before the next is asked for.
 
     `stream.following` holds the attention's context, then the residual after attention, so neither is
     computed twice.
     """
 
-    def attention_inputs() -> Iterator[tuple[int, torch.Tensor]]:
+    def attention_inputs() -> Iterator[_Stop]:
         for batch in batches:
-            yield batch, block.attention_input(stream.read(batch))
+            yield _Stop(batch, block.attention_input(stream.read(batch)))
 
-    def contexts() -> Iterator[tuple[int, torch.Tensor]]:
+    def contexts() -> Iterator[_Stop]:
         for batch in batches:
-            context = block.attention_context(block.attention_input(stream.read(batch)), stream.batches[batch])
+            hidden = stream.read(batch)
+            context = block.attention_context(block.attention_input(hidden), stream.batches[batch])
             stream.write(batch, context)
-            yield batch, context
+            yield _Stop(batch, context, hidden)
 
-    def mlp_inputs() -> Iterator[tuple[int, torch.Tensor]]:
+    def mlp_inputs() -> Iterator[_Stop]:
         for batch in batches:
             context = stream.read(batch, following=True).to(block.numerics.matmul)
             hidden = block.after_attention(stream.read(batch), context)
             stream.write(batch, hidden)
-            yield batch, block.mlp_input(hidden)
+            yield _Stop(batch, block.mlp_input(hidden))
 
-    def activations() -> Iterator[tuple[int, torch.Tensor]]:
+    def activations() -> Iterator[_Stop]:
         for batch in batches:
-            yield batch, block.mlp_activation(block.mlp_input(stream.read(batch, following=True)))
+            hidden = stream.read(batch, following=True)
+            yield _Stop(batch, block.mlp_activation(block.mlp_input(hidden)), hidden)
 
     yield from (attention_inputs(), contexts(), mlp_inputs(), activations())
+
+
+def _leave(block: Block, stream: Stream, batches: Sequence[int], index: int) -> None:
+    """From the last stop to the block's output."""
+    for batch in batches:
+        hidden = stream.read(batch, following=True)
+        hidden = block.after_mlp(hidden, block.mlp_activation(block.mlp_input(hidden)))
+        check_finite(hidden, stream.batches[batch], f"block {index}, {stream.name}")
+        stream.write(batch, hidden)
 
 
 class _Packer:
@@ -143,16 +169,24 @@ class _Packer:
         self.seconds = dict.fromkeys(("inputs", "hessian", "factorise", "solve", "pack"), 0.0)
         self._loss: float | None = None
 
-    def calibrate(self, group: Sequence[str], inputs: Iterator[tuple[int, torch.Tensor]], stream: Stream) -> None:
-        """Solve the linears of `group` under the Hessian of their common input."""
+    def calibrate(self, group: Sequence[str], stops: Iterator[tuple[_Stop, _Stop]], stream: Stream) -> None:
+        """Solve the linears of `group` under the Hessian of their common input.
+
+        `stops` are those of the quantized and of the reference stream.
+        """
         in_features = self.block.architecture.linear_shape(group[0])[1]
         label = f"block {self.index}, {', '.join(group)}"
         self.watch(group[0], self._loss)
         hessian = Hessian(in_features, stream.device, label)
+        linears = [self.block.linears[name] for name in group]
+        correction = Correction(linears, in_features, stream.device) if self.recipe.correction else None
         start = time.perf_counter()
-        for batch, x in inputs:
+        for there, wanted in stops:
             middle = time.perf_counter()
-            hessian.add(x, token_weights(stream, batch, self.recipe.scored_share))
+            weights = token_weights(stream, there.batch, self.recipe.scored_share)
+            hessian.add(there.x, weights)
+            if correction:
+                correction.add(there.x, wanted.x, wanted.less(there), weights)
             self.seconds["inputs"] += middle - start
             start = time.perf_counter()
             self.seconds["hessian"] += start - middle
@@ -161,10 +195,11 @@ class _Packer:
         factor = factorise(matrix, self.recipe.settings(), label)
         del matrix
         self.seconds["factorise"] += time.perf_counter() - start
-        for name in group:
+        for name, linear in zip(group, linears, strict=True):
             self.watch(name, self._loss)
             start = time.perf_counter()
-            solved = solve(self.block.linears[name].weight(torch.float32), factor, self.recipe.settings())
+            target = correction.target(linear, factor, hessian.weight) if correction else linear.weight(torch.float32)
+            solved = solve(target, factor, self.recipe.settings())
             elapsed = time.perf_counter() - start
             self.seconds["solve"] += elapsed
             packed = pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, self.recipe.bits)

@@ -42,6 +42,13 @@ class Factor:
         """
         return torch.empty_like(self.pivots).index_copy_(0, self.columns, self.pivots)
 
+    def solve_in_place(self, right: Tensor) -> None:
+        """Replace right fp32 [K, N], its rows by input feature, by (H + damp I)^-1 right."""
+        for part in right.split(1024, dim=1):  # bounds the temporaries
+            solved = torch.linalg.solve_triangular(self.upper.T, part[self.columns], upper=False, unitriangular=True)
+            solved /= self.pivots[:, None]
+            part[self.columns] = torch.linalg.solve_triangular(self.upper, solved, upper=True, unitriangular=True)
+
     def energy(self, columns: Tensor, block_size: int = 512) -> float:
         """tr(C^T H C), undamped, of C [K, N] fp32 in `self.columns` order: its mean squared output norm."""
         total = torch.zeros((), dtype=torch.float64, device=columns.device)

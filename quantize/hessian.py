@@ -31,6 +31,7 @@ class Hessian:
         self.tokens = 0
         self._sum: Tensor | None = torch.zeros(in_features, in_features, device=device)
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
+        self._divided = False
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Add tokens x [T, in_features], each counted `weights` [T] times (once without weights)."""
@@ -43,6 +44,11 @@ class Hessian:
         self._weight += len(x) if weights is None else weights.sum(dtype=torch.float64)
         self.tokens += len(x)
 
+    @property
+    def weight(self) -> float:
+        """Sum of the tokens' weights."""
+        return float(self._weight)
+
     def matrix(self) -> Tensor:
         """The symmetric H [in_features, in_features], divided by the total weight.
 
@@ -52,11 +58,10 @@ class Hessian:
             NonFiniteError: an input was NaN or infinite; the message names the input feature.
         """
         assert self._sum is not None, "this Hessian was finished"
-        total = self._weight.item()
-        if total != 1.0:
-            assert total > 0, "no token was added"
-            self._sum /= total
-            self._weight.fill_(1.0)
+        if not self._divided:
+            assert self.weight > 0, "no token was added"
+            self._sum /= self.weight
+            self._divided = True
         _mirror(self._sum)
         finite = self._sum.diagonal().isfinite()
         if not finite.all():
@@ -70,6 +75,17 @@ class Hessian:
     def finish(self) -> None:
         """Free the buffer."""
         self._sum = None
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right of [T, M] and [T, N] to total fp32 [M, N], as `Hessian` multiplies."""
+    if left.dtype != torch.bfloat16:
+        total.addmm_(left.T, right)
+    elif total.is_cuda:
+        total += torch.mm(left.T, right, out_dtype=torch.float32)
+    else:
+        with _bf16_products(True):
+            total.addmm_(left.float().T, right.float())
 
 
 def _factors(x: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from runtime.batching import pack
 from runtime.chat import Renderer
 from runtime.checkpoint import Checkpoint, open_checkpoint, read_architecture
 from runtime.errors import PlanError
+from runtime.numerics import matmul_dtype
 
 CHARACTERS_A_TOKEN = 4.0  # of English under a Qwen tokenizer, for an estimate without one
 
@@ -63,8 +64,9 @@ def read_inputs(arguments: Namespace, model: str) -> Inputs:
     recipe, notes = _make_recipe(arguments, architecture, checkpoint.fingerprint(), drawn.fingerprint())
     conversations = [row.rendered for row in drawn.calibration]
     compared = [rendered for pair in drawn.parity for rendered in (pair.chosen, pair.rejected)]
-    batches = pack(conversations, recipe.token_budget) + pack(compared, recipe.token_budget)
-    load = Load(drawn.calibration_tokens, drawn.parity_tokens, max(batch.tokens for batch in batches))
+    batches = [pack(rows, recipe.token_budget) for rows in (conversations, compared)]
+    calibration, parity = (sum(batch.tokens for batch in each) for each in batches)
+    load = Load(calibration, parity, max(batch.tokens for each in batches for batch in each))
     plan = fit_memory(_make_plan(architecture, recipe, load), arguments.ram_budget)
     return Inputs(checkpoint, rows, drawn, recipe, plan, notes)
 
@@ -90,6 +92,7 @@ def _make_plan(architecture: Architecture, recipe: Recipe, load: Load) -> Plan:
         quantization=recipe.quantization(),
         load=load,
         calibrated=recipe.calibrated,
+        correction=recipe.calibrated and recipe.correction,
         matmul_bytes=4 if recipe.dtype == "float32" else 2,
         prefetch=True,
         device=recipe.device,
@@ -116,8 +119,9 @@ def _make_recipe(
         activation_order=not arguments.no_activation_order,
         importance_scales=not arguments.no_importance_scales,
         scored_share=arguments.scored_share,
+        correction=not arguments.no_correction,
         token_budget=arguments.token_budget,
-        dtype=_dtype(arguments.dtype, device),
+        dtype=matmul_dtype(arguments.dtype, device),
         device=device,
         repair=not arguments.no_repair,
     )
@@ -139,9 +143,3 @@ def _device(wanted: str, must_exist: bool) -> str:
             f"--device {wanted}: this machine has {count} CUDA devices that torch can use; try --device cpu."
         )
     return f"cuda:{index}"
-
-
-def _dtype(wanted: str, device: str) -> str:
-    if wanted != "auto":
-        return wanted
-    return "float32" if device == "cpu" else "bfloat16"

@@ -16,6 +16,8 @@ from runtime.errors import PlanError
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
 
 GIB = 1 << 30
+_INNER = [group for group in BLOCK_LINEAR_GROUPS if len(group) > 1]
+_OUTER = [group for group in BLOCK_LINEAR_GROUPS if len(group) == 1]  # these write to the residual stream
 # Python with torch, tokenizers and scipy, before any tensor, and what each further thread holds of its own
 # (measured on the demo: 0.95 GiB in all with one thread, 1.05 with two).
 INTERPRETER = 480 << 20
@@ -25,6 +27,8 @@ BITSANDBYTES = 128 << 20  # and what it imports
 # Of one linear while it is solved, by weight: its 16-bit original reordered, the fp32 weight that becomes the
 # error, the dequantized weight in fp32, codes before and after packing, and room for what a block of columns takes.
 SOLVE_BYTES = 2 + 4 + 4 + 2 + 2
+# And what is solved for in fp32, where it has no buffer of its own already.
+CORRECT_BYTES = 4
 # The same where a linear is rounded without data, by stored layout (measured).
 ROUND_BYTES = {"gptq": 18, "nf4": 14, "int8": 13}
 
@@ -52,6 +56,7 @@ class Plan:
         quantization: the stored format.
         load: tokens of calibration and parity rows.
         calibrated: whether Hessians are accumulated (GPTQ) or weights rounded alone.
+        correction: whether linears are corrected towards the reference stream.
         matmul_bytes: bytes of a matmul input, 2 or 4.
         prefetch: whether the next block is read while this one is in use.
         device: `cpu` or a CUDA device.
@@ -61,6 +66,7 @@ class Plan:
     quantization: Quantization
     load: Load
     calibrated: bool
+    correction: bool
     matmul_bytes: int
     prefetch: bool
     device: str
@@ -120,17 +126,16 @@ class Plan:
     def _group_bytes(self, group: Sequence[str]) -> int:
         """The most that calibrating the linears of one group needs.
 
-        First the Hessian grows beside the activations, then its factor is taken beside it, and last each linear
-        is solved beside the factor. Linears solved before are packed already, and their originals let go.
+        First the Hessian and the correction grow beside the activations, then the Hessian's factor is taken beside
+        them, and last each linear is corrected and solved beside the factor.
         """
-        done = BLOCK_LINEARS[: BLOCK_LINEARS.index(group[0])]
-        packed = sum(self._packed_size(name) for name in done)
-        left = sum(self._size(name) for name in BLOCK_LINEARS if name not in done)
-        held = packed + left * self.architecture.dtype.itemsize
-        hessian = 4 * self.architecture.linear_shape(group[0])[1] ** 2
+        out_features, in_features = self.architecture.linear_shape(group[0])
+        hessian = 4 * in_features**2
+        correction = 0 if not self.correction else 4 * in_features * (out_features if len(group) == 1 else in_features)
         growing = hessian + self._activation_bytes + self._cast_bytes
-        solving = hessian + max(self._size(name) for name in group) * SOLVE_BYTES
-        return held + max(growing, 2 * hessian, solving)
+        each = SOLVE_BYTES + (CORRECT_BYTES if self.correction and len(group) > 1 else 0)
+        solving = hessian + max(self._size(name) for name in group) * each
+        return self.block_bytes + self._packed_block + correction + max(growing, 2 * hessian, solving)
 
     @property
     def host_peak(self) -> int:
@@ -179,6 +184,12 @@ class Plan:
         mlp = 2.0 * sum(self._size(name) for name in BLOCK_LINEARS[4:6])
         stages["calibration stops"] = (attention + mlp) * self.load.calibration_tokens
         stages["Hessians"] = sum(2.0 * k**2 for k in self._inputs) * self.load.calibration_tokens
+        if self.correction:
+            inner = sum(2.0 * self.architecture.linear_shape(group[0])[1] ** 2 for group in _INNER)
+            outer = sum(4.0 * self._size(group[0]) for group in _OUTER)
+            stages["correction"] = (inner + outer) * self.load.calibration_tokens + 2.0 * sum(
+                self._size(name) * self.architecture.linear_shape(name)[1] for name in BLOCK_LINEARS
+            )
         stages["factorisation"] = sum(k**3 / 3.0 for k in self._inputs)
         stages["solve"] = sum(self._size(name) * self.architecture.linear_shape(name)[1] for name in BLOCK_LINEARS)
         return stages

@@ -26,6 +26,7 @@ class Recipe:
         conversations: fingerprint of the rendered calibration and parity rows.
         method: `gptq`, `nf4`, `int8` (bitsandbytes LLM.int8) or `rtn` (round to nearest, the baseline).
         scored_share: share of a row's Hessian weight that its scored token carries; 0 weighs all alike.
+        correction: ask linears for what the reference gives, not for what their inputs would give unrounded.
         token_budget: tokens a batch; it decides the order of sums.
         dtype: matmul inputs, `float32` or `bfloat16`.
     """
@@ -42,6 +43,7 @@ class Recipe:
     activation_order: bool
     importance_scales: bool
     scored_share: float
+    correction: bool
     token_budget: int
     dtype: str
     device: str

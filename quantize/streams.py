@@ -11,7 +11,8 @@ from runtime.architecture import Architecture
 from runtime.batching import pack
 from runtime.chat import Rendered
 from runtime.linear import Tensors
-from runtime.qwen2 import PLAIN_BFLOAT16, Block, Numerics, Rotary, ScoreHead
+from runtime.numerics import PLAIN_BFLOAT16, Numerics
+from runtime.qwen2 import Block, Rotary, ScoreHead
 from runtime.sweep import Stream
 
 
@@ -75,9 +76,8 @@ class Streams:
         """An unquantized block over `tensors`, which it shares."""
         return Block.from_tensors(self.architecture, tensors, self.rotary, numerics or self.numerics)
 
-    def advance_reference(self, tensors: Tensors, index: int) -> None:
-        """Push the reference and the noise floor through unquantized block `index`."""
-        self.reference.advance(self.block(tensors), index)
+    def advance_noise_floor(self, tensors: Tensors, index: int) -> None:
+        """Push the noise floor through unquantized block `index`."""
         self.noise_floor.advance(self.block(tensors, PLAIN_BFLOAT16), index)
 
     def hidden_errors(self) -> torch.Tensor:

@@ -57,16 +57,11 @@ def sweep(
 
 
 def _pass_block(streams: Streams, tensors: Tensors, index: int, recipe: Recipe, progress: BlockProgress) -> PackedBlock:
-    """Push the reference through the block, then quantize it and push the quantized stream through that."""
+    """Push all streams through the block, the quantized one through what comes of it."""
+    packed = quantize_block(streams.block(tensors), streams.block(tensors), streams, index, recipe, progress.watch)
     start = time.perf_counter()
-    streams.advance_reference(tensors, index)
-    seconds = time.perf_counter() - start
-    block = streams.block(tensors)
-    tensors.clear()  # each linear's 16-bit weight is let go as soon as it is packed
-    packed = quantize_block(
-        block, streams.quantized, streams.calibration_batches, streams.parity_batches, index, recipe, progress.watch
-    )
-    packed.seconds["reference"] = seconds
+    streams.advance_noise_floor(tensors, index)
+    packed.seconds["noise floor"] = time.perf_counter() - start
     return packed
 
 

@@ -15,28 +15,8 @@ from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture
 from runtime.attention import attention_at, causal_attention
 from runtime.batching import PackedBatch
 from runtime.linear import Linear, Tensors, make_linear
+from runtime.numerics import Numerics
 from runtime.quantization import Quantization
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """In which dtypes a block computes.
-
-    Attributes:
-        stream: the residual stream and everything elementwise (norms, rotary embedding, SwiGLU).
-        matmul: inputs of matrix products and attention; products accumulate in fp32.
-    """
-
-    stream: torch.dtype
-    matmul: torch.dtype
-
-
-# A small model of this family carries activations near 1.5e4 in one channel at the scored token, where a
-# bf16 residual loses what the head needs. So the stream is fp32 even when products are bf16.
-FLOAT32 = Numerics(torch.float32, torch.float32)
-BFLOAT16 = Numerics(torch.float32, torch.bfloat16)
-# What a user gets from transformers with dtype=bfloat16: the noise floor that parity is held against.
-PLAIN_BFLOAT16 = Numerics(torch.bfloat16, torch.bfloat16)
 
 
 class Rotary:

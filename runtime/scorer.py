@@ -13,12 +13,12 @@ from runtime.batching import PackedBatch, pack
 from runtime.chat import Rendered, Renderer
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.conversation import Message
-from runtime.errors import NonFiniteError, PlanError
-from runtime.qwen2 import BFLOAT16, FLOAT32, Block, Numerics, Rotary
+from runtime.errors import NonFiniteError
+from runtime.numerics import FLOAT32, NUMERICS, Numerics, matmul_dtype
+from runtime.qwen2 import Block, Rotary
 from runtime.sweep import check_finite, read_blocks, read_head
 
 TOKEN_BUDGET = 2048
-NUMERICS = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Scorer:
 
         Args:
             devices: `auto`, `cpu` or one CUDA device such as `cuda:0`; the model must fit there.
-            dtype: of matmul inputs, `float32` or `bfloat16`; `auto` is float32 on a CPU, bfloat16 on a GPU.
+            dtype: of matmul inputs, `float32` or `bfloat16`; `auto` is bfloat16 wherever that is faster.
             token_budget: tokens computed at once.
 
         Raises:
@@ -87,9 +87,8 @@ class Scorer:
             PlanError: an unknown dtype, or a device that is not there.
         """
         device = ("cuda:0" if torch.cuda.is_available() else "cpu") if devices == "auto" else devices
-        if dtype == "auto":
-            dtype = "float32" if device == "cpu" else "bfloat16"
-        return cls(open_checkpoint(source), device=device, numerics=_numerics(dtype), token_budget=token_budget)
+        numerics = NUMERICS[matmul_dtype(dtype, device)]
+        return cls(open_checkpoint(source), device=device, numerics=numerics, token_budget=token_budget)
 
     def score(self, conversations: Sequence[Sequence[Message]], *, truncate: bool = False) -> torch.Tensor:
         """Scores fp32 [n] of conversations that end in the response to be judged.
@@ -138,12 +137,6 @@ class Scorer:
         hidden = last.at_scored(hidden, batch)
         check_finite(hidden, batch, f"block {len(blocks)}", scored=True)
         return hidden
-
-
-def _numerics(dtype: str) -> Numerics:
-    if dtype not in NUMERICS:
-        raise PlanError(f"dtype is {dtype!r}; one of {', '.join(NUMERICS)} was expected.")
-    return NUMERICS[dtype]
 
 
 def _sigmoid(x: float) -> float:

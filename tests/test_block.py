@@ -15,9 +15,10 @@ from runtime.batching import pack
 from runtime.chat import Rendered
 from runtime.errors import NonFiniteError
 from runtime.linear import Tensors
+from runtime.numerics import BFLOAT16, FLOAT32, Numerics
 from runtime.packing import dequantize_gptq
 from runtime.quantization import BLOCK_LINEAR_GROUPS
-from runtime.qwen2 import BFLOAT16, FLOAT32, Block, Numerics
+from runtime.qwen2 import Block
 from runtime.sweep import Stream
 from tests.test_job import RECIPE
 from tests.tiny import tiny_config, tiny_tensors
@@ -52,10 +53,8 @@ def block_tensors() -> Tensors:
 
 
 def quantize(streams: Streams, recipe=GPTQ, watch=lambda *_: None) -> PackedBlock:
-    return quantize_block(
-        streams.block(block_tensors()), streams.quantized, streams.calibration_batches, streams.parity_batches, 0,
-        recipe, watch,
-    )  # fmt: skip
+    tensors = block_tensors()
+    return quantize_block(streams.block(tensors), streams.block(tensors), streams, 0, recipe, watch)
 
 
 METHODS = {
@@ -246,9 +245,8 @@ def test_nothing_lost_has_no_ratio():
     streams, tensors = make_streams(), block_tensors()
     for name in BLOCK_LINEARS:
         tensors[f"{name}.weight"] = torch.zeros_like(tensors[f"{name}.weight"])
-    block = streams.block(tensors)
-    recipe = METHODS["int8"]
-    packed = quantize_block(block, streams.quantized, [], range(len(streams.quantized.batches)), 0, recipe, print)
+    block, original = streams.block(tensors), streams.block(tensors)
+    packed = quantize_block(block, original, streams, 0, METHODS["int8"], print)
     assert {(each.relative_loss, each.sqnr_db) for each in packed.linears.values()} == {(0.0, None)}
 
 
@@ -267,18 +265,22 @@ def test_every_stage_takes_its_seconds():
 
 
 @pytest.mark.parametrize("rows", ["calibration", "parity"])
-def test_an_activation_that_is_no_number_is_named_by_block_and_row(monkeypatch, rows):
-    streams = make_streams()
-    batch = (streams.calibration_batches if rows == "calibration" else streams.parity_batches)[-1]
-    tokens, row = streams.quantized.batches[batch].tokens, streams.quantized.batches[batch].row_at(0)
-    real = Block.after_mlp
+@pytest.mark.parametrize("of", ["reference", "quantized"])
+def test_an_activation_that_is_no_number_is_named_by_block_and_row(monkeypatch, rows, of):
+    streams, tensors = make_streams(), block_tensors()
+    block, original = streams.block(tensors), streams.block(tensors)
+    lengths = [batch.tokens for batch in streams.quantized.batches]
+    candidates = streams.calibration_batches if rows == "calibration" else streams.parity_batches
+    batch = next(batch for batch in candidates if lengths.count(lengths[batch]) == 1)
+    tokens, row = lengths[batch], streams.quantized.batches[batch].row_at(0)
+    faulty, real = {"reference": original, "quantized": block}[of], Block.after_mlp
 
     def after_mlp(self: Block, hidden: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
         result = real(self, hidden, activation)
-        if len(result) == tokens:
+        if self is faulty and len(result) == tokens:
             result[0, 3] = torch.nan
         return result
 
     monkeypatch.setattr(Block, "after_mlp", after_mlp)
-    with pytest.raises(NonFiniteError, match=rf"block 0, quantized: a non-finite activation in conversation {row};"):
-        quantize(streams)
+    with pytest.raises(NonFiniteError, match=rf"block 0, {of}: a non-finite activation in conversation {row};"):
+        quantize_block(block, original, streams, 0, GPTQ, print)

@@ -217,7 +217,7 @@ def test_the_real_demo_is_smollm2_and_its_score_means_something(tmp_path: Path) 
     question = [{"role": "user", "content": "Tips for better sleep?"}]
     helpful = "1. Keep a regular schedule.\n2. Make the room dark and cool.\n3. Avoid caffeine after noon."
     answers = [[*question, {"role": "assistant", "content": text}] for text in (helpful, "dunno lol")]
-    better, worse = Scorer.from_pretrained(directory, devices="cpu").score(answers)
+    better, worse = Scorer.from_pretrained(directory, devices="cpu", dtype="float32").score(answers)
     assert better > worse
 
 

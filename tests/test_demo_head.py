@@ -21,7 +21,7 @@ from runtime.demo_head.fitting import (
     head_scores,
     round_by_lot,
 )
-from runtime.qwen2 import FLOAT32
+from runtime.numerics import FLOAT32
 from runtime.scorer import Scorer
 from tests.tiny_job import write_pairs
 

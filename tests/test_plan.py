@@ -30,7 +30,8 @@ LOAD = Load(calibration_tokens=16_384, parity_tokens=32_768, longest_batch=2048)
 
 
 def plan_of(architecture: Architecture = LARGE, quantization: Quantization = GPTQ, **more) -> Plan:
-    fields = {"load": LOAD, "calibrated": quantization.method == "gptq", "matmul_bytes": 4, "prefetch": True,
+    calibrated = quantization.method == "gptq"
+    fields = {"load": LOAD, "calibrated": calibrated, "correction": calibrated, "matmul_bytes": 4, "prefetch": True,
               "device": "cpu"}  # fmt: skip
     return Plan(architecture, quantization, **fields | more)
 

@@ -10,7 +10,8 @@ from runtime.chat import Rendered
 from runtime.checkpoint import open_checkpoint
 from runtime.errors import NonFiniteError
 from runtime.hf_model import Qwen2ForRewardModel
-from runtime.qwen2 import FLOAT32, PLAIN_BFLOAT16, Block, Numerics, Rotary
+from runtime.numerics import FLOAT32, PLAIN_BFLOAT16, Numerics
+from runtime.qwen2 import Block, Rotary
 from runtime.sweep import Stream, read_blocks, read_head
 from tests.tiny import write_tiny_checkpoint
 

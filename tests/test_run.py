@@ -96,7 +96,7 @@ def all_rendered(drawn: Sample) -> list:
 def test_the_checkpoint_scores_what_the_report_says(written, place):
     """Packed, written, opened again and scored by the runtime: repaired head and all."""
     report = read_report(written / "parity.json")
-    scorer = Scorer.from_pretrained(written, devices="cpu")
+    scorer = Scorer.from_pretrained(written, devices="cpu", dtype="float32")
     pairs = drawn_rows(place, scorer.checkpoint).parity
     scores = scorer.score_rendered([each for pair in pairs for each in (pair.chosen, pair.rejected)])
     told = torch.tensor([score for pair in report.scores for score in pair.quantized])
@@ -207,7 +207,7 @@ def test_the_card_says_how_it_was_made_and_how_far_off_it_is(finished):
 
 def test_reference_scores_are_the_16_bit_model_s_for_every_row(finished, place):
     stored = ReferenceScores.load(finished)
-    scorer = Scorer.from_pretrained(place / "model", devices="cpu")
+    scorer = Scorer.from_pretrained(place / "model", devices="cpu", dtype="float32")
     rows = all_rendered(drawn_rows(place, scorer.checkpoint))
     assert set(stored.scores) == {row.key for row in rows} and len(rows) == ROWS + 2 * PAIRS
     expected = scorer.score_rendered(rows)
@@ -402,7 +402,7 @@ def test_single_conversations_calibrate_and_leave_nothing_to_compare(place, tmp_
     assert quantize(place / "model", tmp_path / "chats.jsonl", output, "--json") == 0
     assert "parity" not in json.loads(capfd.readouterr().out)
     assert not (output / "parity.json").exists() and "Not measured" in (output / "README.md").read_text()
-    Scorer.from_pretrained(output, devices="cpu")
+    Scorer.from_pretrained(output, devices="cpu", dtype="float32")
 
 
 # ---- planning only --------------------------------------------------------------------------------------

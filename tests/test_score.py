@@ -33,7 +33,7 @@ PAIR = {"prompt": QUESTION, "chosen": "Keep a rhythm.", "rejected": "idk"}
 
 @pytest.fixture(scope="module")
 def scorer(tiny_checkpoint) -> Scorer:
-    return Scorer.from_pretrained(tiny_checkpoint, devices="cpu")
+    return Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def answer(text: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def scorer(tiny_checkpoint) -> Scorer:
-    return Scorer.from_pretrained(tiny_checkpoint, devices="cpu")
+    return Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="float32")
 
 
 def test_order_and_neighbours_change_nothing(scorer):
@@ -49,7 +49,7 @@ def test_errors_name_the_conversation(scorer):
 
 
 def test_a_head_that_overflows_is_an_error_not_a_score(tiny_checkpoint):
-    scorer = Scorer.from_pretrained(tiny_checkpoint, devices="cpu")
+    scorer = Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="float32")
     scorer.head.score_2_bias.fill_(float("inf"))
     with pytest.raises(NonFiniteError, match="conversation 0 has a non-finite score"):
         scorer.score([answer("x")])

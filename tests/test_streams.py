@@ -11,7 +11,8 @@ from quantize.streams import Streams
 from runtime.chat import Rendered
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.errors import JobError
-from runtime.qwen2 import FLOAT32, PLAIN_BFLOAT16, Block
+from runtime.numerics import FLOAT32, PLAIN_BFLOAT16
+from runtime.qwen2 import Block
 from runtime.scorer import Scorer
 from runtime.sweep import read_blocks, read_head
 
@@ -40,7 +41,8 @@ def sweep(streams: Streams, checkpoint: Checkpoint, blocks: range) -> None:
     for index, tensors in read_blocks(checkpoint, blocks.start):
         if index not in blocks:
             break
-        streams.advance_reference(tensors, index)
+        streams.reference.advance(streams.block(tensors), index)
+        streams.advance_noise_floor(tensors, index)
         streams.quantized.advance(streams.block(tensors), index)
         streams.sync()
         streams.turn_over()
@@ -75,7 +77,9 @@ def test_what_the_head_sees_gives_the_scores_of_the_model(checkpoint, tiny_check
     sweep(streams, checkpoint, range(2))
     head = read_head(checkpoint)
     reference, quantized, floor = streams.features(head)
-    expected = Scorer.from_pretrained(tiny_checkpoint, devices="cpu").score_rendered([*CALIBRATION, *PARITY])
+    expected = Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="float32").score_rendered(
+        [*CALIBRATION, *PARITY]
+    )
     for features in (reference, quantized):
         assert (head.score(features) - expected).abs().max() < 1e-5 * expected.std()
     shift = head.score(floor) - expected[7:]
@@ -86,7 +90,7 @@ def test_the_noise_floor_is_computed_all_in_bf16(checkpoint):
     streams = make_streams(checkpoint)
     streams.embed(checkpoint.read("model.embed_tokens.weight"))
     tensors = checkpoint.read_block(0)
-    streams.advance_reference(tensors, 0)
+    streams.advance_noise_floor(tensors, 0)
     block = Block.from_tensors(checkpoint.architecture, tensors, streams.rotary, PLAIN_BFLOAT16)
     stream = streams.noise_floor
     for index, batch in enumerate(stream.batches):
@@ -97,7 +101,7 @@ def test_hidden_errors_are_of_parity_rows_at_their_scored_tokens(checkpoint):
     streams = make_streams(checkpoint)
     streams.embed(checkpoint.read("model.embed_tokens.weight"))
     tensors = checkpoint.read_block(0)
-    streams.advance_reference(tensors, 0)
+    streams.reference.advance(streams.block(tensors), 0)
     streams.quantized.advance(streams.block(tensors), 0)
     assert torch.equal(streams.hidden_errors(), torch.zeros(4))
     start = 0
@@ -120,7 +124,8 @@ def test_a_later_process_goes_on_from_the_files(checkpoint, tmp_path):
     first = make_streams(checkpoint, directory=tmp_path)
     first.embed(checkpoint.read("model.embed_tokens.weight"))
     sweep(first, checkpoint, range(1))
-    first.advance_reference(checkpoint.read_block(1), 1)
+    first.reference.advance(first.block(checkpoint.read_block(1)), 1)
+    first.advance_noise_floor(checkpoint.read_block(1), 1)
     first.quantized.following.fill_(torch.nan)
     del first
     second = make_streams(checkpoint, directory=tmp_path, finished_blocks=1)

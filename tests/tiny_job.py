@@ -43,7 +43,7 @@ def write_job_model(directory: Path, *, layers: int = 3, shards: int = 2, **shap
 def arguments(model: Path, pairs: Path, output: Path, *more: str) -> list[str]:
     """The command line of a small run; what `more` repeats replaces what stands here."""
     common = ["--model", model, "--calibration", pairs, "--output", output, "--rows", ROWS, "--parity-pairs", PAIRS]
-    return [*map(str, common), "--device", "cpu", "--token-budget", "256", *more]
+    return [*map(str, common), "--device", "cpu", "--dtype", "float32", "--token-budget", "256", *more]
 
 
 def quantize(model: Path, pairs: Path, output: Path, *more: str) -> int:

@@ -15,7 +15,8 @@ from runtime.chat import Rendered
 from runtime.checkpoint import Checkpoint
 from runtime.files import whole_file
 from runtime.linear import DenseLinear
-from runtime.qwen2 import BFLOAT16, Block, Numerics, Rotary
+from runtime.numerics import BFLOAT16, Numerics
+from runtime.qwen2 import Block, Rotary
 from runtime.sweep import read_head
 
 TOKENS_A_BATCH = 2048  # what a CPU's cache still likes

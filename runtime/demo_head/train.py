@@ -27,7 +27,7 @@ from runtime.conversation import Message, PreferencePair, digest_messages, parse
 from runtime.demo_head.features import Backbone, FeatureStore, by_two_percent, within_a_step
 from runtime.demo_head.fitting import NETWORKS, NoiseMetric, fit_linear, fit_network, fold, head_scores
 from runtime.files import whole_file
-from runtime.qwen2 import FLOAT32, PLAIN_BFLOAT16
+from runtime.numerics import FLOAT32, PLAIN_BFLOAT16
 from runtime.rows import read_rows
 
 HELD_OUT = 0.18  # the share of prompts that nothing is fitted or chosen on

@@ -1,0 +1,47 @@
+"""In which dtypes a block computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from runtime.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Dtypes of one way to compute.
+
+    Attributes:
+        stream: the residual stream and everything elementwise (norms, rotary embedding, SwiGLU).
+        matmul: inputs of matrix products and attention; products accumulate in fp32.
+    """
+
+    stream: torch.dtype
+    matmul: torch.dtype
+
+
+# A small model of this family carries activations near 1.5e4 in one channel at the scored token, where a
+# bf16 residual loses what the head needs. So the stream is fp32 even when products are bf16.
+FLOAT32 = Numerics(torch.float32, torch.float32)
+BFLOAT16 = Numerics(torch.float32, torch.bfloat16)
+# What a user gets from transformers with dtype=bfloat16: the noise floor that parity is held against.
+PLAIN_BFLOAT16 = Numerics(torch.bfloat16, torch.bfloat16)
+
+NUMERICS = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+
+
+def matmul_dtype(wanted: str, device: str) -> str:
+    """`wanted`, or for `auto` bfloat16 where products in it are faster: on GPUs, and on CPUs with instructions for it.
+
+    Raises:
+        PlanError: there is no such dtype.
+    """
+    if wanted == "auto":
+        cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+        fast = device != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        return "bfloat16" if fast else "float32"
+    if wanted not in NUMERICS:
+        raise PlanError(f"dtype is {wanted!r}; one of {', '.join(NUMERICS)} was expected.")
+    return wanted
