@@ -60,6 +60,7 @@ def test_bf16_is_as_near_to_fp32_as_torch_is():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_flash_attention_equals_the_plain_one():
     (batch,) = pack(rows_with_prefixes(0, [(100, 90), (100, 200), (0, 33), (60, 10)]), 10_000)
     tensors = [torch.randn(batch.tokens, n, 128).bfloat16() for n in (8, 2, 2)]
