@@ -70,7 +70,7 @@ def measure(
     out = torch.empty(shape[::-1] if weight.transposed else shape, dtype=torch.bfloat16, device=device)
     out = out.t() if weight.transposed else out
     dense = torch.randn(shape, device=device).bfloat16()
-    other, x = torch.empty_like(dense), torch.randn(tokens, shape[1], device=device).bfloat16()
+    other, x = torch.zeros_like(dense), torch.randn(tokens, shape[1], device=device).bfloat16()
     weight.write(out)
     assert torch.equal(out, twin(tensors, quantization, shape))
     best = best_of(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from runtime.quantization import Quantization
 from tests.packed import packed_tensors, twin
 
 pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bf16 where a GPU rounds to nearest, and takes long over small things.
 DTYPES = st.sampled_from([torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else []))
@@ -63,6 +67,39 @@ def test_nf4(shape, double_quant, dtype, seed):
     write_nf4(packed_weight(on_device(tensors), quantization, shape), around[1:-2].view(-1))
     assert torch.equal(around[1:-2].cpu(), twin(tensors, quantization, shape, dtype))
     assert bool((around[[0, -2, -1]] == 7).all())
+
+
+COMPILE = """
+from itertools import product
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from runtime.kernels.triton_gptq import gptq_kernel
+from runtime.kernels.triton_nf4 import nf4_kernel
+
+def ptx(kernel, types, constants, **options):
+    signature = dict(zip(kernel.arg_names, types.split())) | dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name] != "constexpr"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+
+gptq = "*i32 *i32 *fp16 *i32 *bf16 i32 i32 i32 constexpr i32"
+for bits, ordered in product((4, 8), (True, False)):
+    constants = dict(stride_n=1, BITS=bits, ONES=1, IN_ORDER=ordered, WORDS=16, COLUMNS=128)
+    code = ptx(gptq_kernel, gptq, constants)
+    assert "ld.global.v4" in code and "st.global.v4" in code
+nf4 = "*u8 *fp32 *u8 *fp32 *fp32 fp32 *bf16 i32"
+code = ptx(nf4_kernel, nf4, dict(DOUBLE=True, BLOCKS=64, BLOCKSIZE=64, NESTED=256), enable_fp_fusion=False)
+assert "st.global.v4" in code and "fma." not in code
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile them")
+def test_they_compile_for_an_h100_without_one():
+    """What the interpreter forgives, a compiler may not: words are read and written 16 bytes at once, nothing fused."""
+    found = subprocess.run([sys.executable, "-c", COMPILE.lstrip()], capture_output=True, text=True, cwd=ROOT)
+    message = found.stdout + found.stderr
+    assert found.returncode == 0, message
 
 
 @pytest.mark.gpu

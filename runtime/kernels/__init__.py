@@ -1,6 +1,7 @@
 """Dequantization fast enough to be repeated for each chunk of tokens.
 
-Every kernel's weights are, bit for bit, those of its plain torch twin in `runtime.packing`.
+Every kernel's weights equal those of its plain torch twin in `runtime.packing`, in each dtype; but for the sign of a
+zero, which no sum sees.
 """
 
 from __future__ import annotations

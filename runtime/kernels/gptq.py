@@ -68,8 +68,8 @@ class GPTQWeight:
             values = codes.view(torch.float32).copy_(codes)  # in place: both are 4 bytes wide
             rows = slice(piece.start * per_word, piece.stop * per_word)
             if group is None:
-                g_idx = self.g_idx[rows]
-                scale, offset = scales.index_select(0, g_idx), offsets.index_select(0, g_idx)
+                scale = _gathered(scales, self.g_idx[rows], space, "scale rows")
+                offset = _gathered(offsets, self.g_idx[rows], space, "offset rows")
                 values = values.view(-1, columns)
             else:
                 groups = slice(piece.start // group, -(-piece.stop // group))
@@ -77,6 +77,12 @@ class GPTQWeight:
                 values = values.view(len(scale), -1, columns)
             torch.addcmul(offset, values, scale, out=values)
             out[rows].copy_(values.view(-1, columns))
+
+
+def _gathered(table: Tensor, g_idx: Tensor, space: Workspace, name: str) -> Tensor:
+    """fp32 [rows, N]: each row's own group of `table` [G, N]."""
+    shape = (len(g_idx), table.shape[1])
+    return torch.index_select(table, 0, g_idx, out=space.take(name, shape, torch.float32))
 
 
 @cache
