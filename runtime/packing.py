@@ -23,9 +23,9 @@ from runtime.quantization import NF4_BLOCKSIZE, NF4_NESTED_BLOCKSIZE, NF4_STATE,
 
 # One in every code of a word. Format v1 stores zero - 1; the difference is taken on the whole word, as
 # GPTQModel does, so that a zero of 0 in its files (a borrow from the next code) is read back right.
-_ONES = {4: 0x11111111, 8: 0x01010101}
+ONES = {4: 0x11111111, 8: 0x01010101}
 WEIGHTS_AT_ONCE = 1 << 20  # bounds the fp32 temporaries of a dequantization, whatever the layer's size
-_INVERSE_127 = 7.874015718698502e-3  # bitsandbytes multiplies by this float rather than divide by 127
+INVERSE_127 = 7.874015718698502e-3  # bitsandbytes multiplies by this float rather than divide by 127
 
 
 def pack_gptq(
@@ -47,7 +47,7 @@ def pack_gptq(
     if checkpoint_format == "gptq":
         if not bool((zeros > 0).all()):
             raise ValueError("GPTQ format v1 has no unambiguous form for a zero of 0; keep zeros at 1 or above")
-        qzeros = qzeros - _ONES[bits]
+        qzeros = qzeros - ONES[bits]
     stored_scales = scales.to(torch.float16)
     if not bool(stored_scales.isfinite().all()):
         raise ValueError(f"scales up to {float(scales.abs().max()):g} do not fit fp16")
@@ -61,8 +61,13 @@ def pack_gptq(
 
 def unpack_gptq(tensors: Mapping[str, Tensor], bits: int, checkpoint_format: str = "gptq") -> tuple[Tensor, Tensor]:
     """Codes uint8 [K, N] and true zeros uint8 [G, N] of a packed linear."""
-    zeros = _unpack_zeros(tensors["qzeros"], bits, checkpoint_format)
+    zeros = gptq_zeros(tensors["qzeros"], bits, checkpoint_format)
     return _unpack(tensors["qweight"].t(), bits).t(), zeros
+
+
+def gptq_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+    """True zeros uint8 [G, N] of qzeros int32 [G, N*bits/32]."""
+    return _unpack(qzeros + ONES[bits] if checkpoint_format == "gptq" else qzeros, bits)
 
 
 def dequantize_gptq(
@@ -73,7 +78,7 @@ def dequantize_gptq(
 ) -> Tensor:
     """Weight [N, K], exact in fp32 (9 bits of code - zero times an 11-bit scale), rounded once to `dtype`."""
     qweight, scales, g_idx = tensors["qweight"], tensors["scales"], tensors["g_idx"]
-    zeros = _unpack_zeros(tensors["qzeros"], bits, checkpoint_format)
+    zeros = gptq_zeros(tensors["qzeros"], bits, checkpoint_format)
     weight = torch.empty(qweight.shape[1], len(g_idx), dtype=dtype, device=qweight.device)
     rows_at_once = max(1, WEIGHTS_AT_ONCE // len(g_idx))
     for start in range(0, len(weight), rows_at_once):
@@ -108,19 +113,32 @@ def nf4_state(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> dict[str
     return dict(state)
 
 
+def nf4_offset(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> float | None:
+    """What double quantization took from each absmax; None without it.
+
+    Raises:
+        CheckpointError: as `nf4_state`.
+    """
+    state = nf4_state(tensors, shape)
+    return float(state["nested_offset"]) if "weight.nested_absmax" in tensors else None
+
+
 def nf4_absmax(tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """fp32 [ceil(N*K / 64)]: the largest magnitude of each block, double quantization undone.
 
     Raises:
         CheckpointError: as `nf4_state`.
     """
-    state = nf4_state(tensors, shape)
+    return nf4_absmax_at(tensors, nf4_offset(tensors, shape))
+
+
+def nf4_absmax_at(tensors: Mapping[str, Tensor], offset: float | None) -> Tensor:
+    """`nf4_absmax` with the offset known, and the JSON not read again."""
     absmax = tensors["weight.absmax"]
-    if "weight.nested_absmax" not in tensors:
+    if offset is None:
         return absmax
     values = tensors["weight.nested_quant_map"].index_select(0, absmax.to(torch.int32))
-    deviations = _scale_blocks(values, tensors["weight.nested_absmax"], NF4_NESTED_BLOCKSIZE)
-    return deviations + state["nested_offset"]
+    return _scale_blocks(values, tensors["weight.nested_absmax"], NF4_NESTED_BLOCKSIZE) + offset
 
 
 def dequantize_nf4(tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -142,10 +160,19 @@ def dequantize_int8(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.fl
     Raises:
         CheckpointError: the codes are not stored in row order.
     """
+    check_row_order(tensors)
+    return (tensors["weight"] * tensors["SCB"].view(-1, 1) * INVERSE_127).to(dtype)
+
+
+def check_row_order(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an LLM.int8 linear whose codes are stored in another order than by row.
+
+    Raises:
+        CheckpointError: its `weight_format` says so.
+    """
     weight_format = int(tensors["weight_format"])
     if weight_format != 0:
         raise CheckpointError(f"weight_format is {weight_format}; only 0, row order, is supported.")
-    return (tensors["weight"] * tensors["SCB"].view(-1, 1) * _INVERSE_127).to(dtype)
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
@@ -153,11 +180,6 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 4:
         codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
     return codes.contiguous().view(torch.int32)  # little-endian, as every machine torch runs on
-
-
-def _unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
-    """True zeros uint8 [G, N] of qzeros int32 [G, N*bits/32]."""
-    return _unpack(qzeros + _ONES[bits] if checkpoint_format == "gptq" else qzeros, bits)
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
