@@ -6,6 +6,7 @@ look at what goes in; scoring calls the block itself, which is the same steps in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,11 @@ import torch.nn.functional as F
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture
 from runtime.attention import attention_at, causal_attention
 from runtime.batching import PackedBatch
-from runtime.linear import Linear, Tensors, make_linear
+from runtime.linear import Linear, StackedLinear, Tensors, densify, make_linear, stack
 from runtime.numerics import Numerics
-from runtime.quantization import Quantization
+from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
+
+QKV, _, GATE_UP, _ = BLOCK_LINEAR_GROUPS
 
 
 class Rotary:
@@ -55,6 +58,7 @@ class Block:
         self.linears = linears
         self.rotary = rotary
         self.numerics = numerics
+        self._stacked: dict[tuple[str, ...], StackedLinear] = {}
 
     @classmethod
     def from_tensors(
@@ -72,19 +76,29 @@ class Block:
             linears[name] = make_linear(stored, quantization, architecture.linear_shape(name))
         return cls(architecture, {name: tensors[name] for name in BLOCK_NORMS}, linears, rotary, numerics)
 
+    def densify(self) -> None:
+        """Keep dequantized copies of all weights in the matmul dtype, in place of the stored ones."""
+        self.linears = {name: densify(linear, self.numerics.matmul) for name, linear in self.linears.items()}
+
+    def stack(self) -> None:
+        """Make q, k and v one product, and gate and up another. `at_scored` and a quantization need them apart."""
+        for names in (QKV, GATE_UP):
+            linears = [self.linears.pop(name) for name in names]
+            self._stacked[names] = stack(linears, self.numerics.matmul)
+
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What q, k and v see: [T, H] in the matmul dtype."""
         return self._norm("input_layernorm.weight", hidden)
 
     def attention_context(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """What the output projection sees, from `attention_input`: [T, heads * head_dim]."""
-        query, key, value = (self._heads(name, x) for name in "qkv")
+        query, key, value = (self._heads(each) for each in self._project(QKV, x))
         query, key = (self._turn(each, batch.positions) for each in (query, key))
         return causal_attention(query, key, value, batch.segments)
 
     def scored_context(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """`attention_context` at the scored tokens alone: [S, heads * head_dim]."""
-        query, key, value = self._heads("q", x[batch.scored]), self._heads("k", x), self._heads("v", x)
+        query, key, value = (self._heads(self.linears[name](x[batch.scored] if name == QKV[0] else x)) for name in QKV)
         query = self._turn(query, batch.positions[batch.scored])
         return attention_at(batch, query, self._turn(key, batch.positions), value)
 
@@ -98,8 +112,7 @@ class Block:
 
     def mlp_activation(self, x: torch.Tensor) -> torch.Tensor:
         """What the down projection sees, from `mlp_input`: [T, I]."""
-        gate = self.linears["mlp.gate_proj"](x).to(self.numerics.stream)
-        up = self.linears["mlp.up_proj"](x).to(self.numerics.stream)
+        gate, up = (each.to(self.numerics.stream) for each in self._project(GATE_UP, x))
         return F.silu(gate).mul_(up).to(self.numerics.matmul)
 
     def after_mlp(self, hidden: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
@@ -117,8 +130,13 @@ class Block:
         hidden = self.after_attention(hidden[batch.scored], context)
         return self.after_mlp(hidden, self.mlp_activation(self.mlp_input(hidden)))
 
-    def _heads(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.linears[f"self_attn.{name}_proj"](x).unflatten(-1, (-1, self.architecture.head_dim))
+    def _project(self, names: tuple[str, ...], x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The outputs of linears that see the same input."""
+        stacked = self._stacked.get(names)
+        return [self.linears[name](x) for name in names] if stacked is None else stacked(x).split(stacked.widths, -1)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.architecture.head_dim))
 
     def _turn(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self.rotary.turn(x.to(self.numerics.stream), positions).to(self.numerics.matmul)

@@ -69,6 +69,8 @@ class Scorer:
             )
             for _, tensors in read_blocks(checkpoint)
         ]
+        for block in self._blocks[:-1]:
+            block.stack()
         self.head = read_head(checkpoint, device)
 
     @classmethod

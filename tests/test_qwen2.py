@@ -77,6 +77,21 @@ def test_the_last_block_at_the_scored_tokens_alone(tiny_checkpoint):
     assert torch.allclose(block.at_scored(hidden, batch), block(hidden, batch)[batch.scored], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("densify", [False, True])
+def test_stacked_linears_give_what_single_ones_do(tiny_checkpoint, densify):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    rotary = Rotary(checkpoint.architecture, 128)
+    plain, stacked = (
+        Block.from_tensors(checkpoint.architecture, checkpoint.read_block(0), rotary, FLOAT32) for _ in range(2)
+    )
+    if densify:
+        stacked.densify()
+    stacked.stack()
+    (batch,) = pack(random_rows(9), 10_000)
+    hidden = torch.randn(batch.tokens, checkpoint.architecture.hidden_size)
+    assert torch.allclose(stacked(hidden, batch), plain(hidden, batch), atol=1e-5, rtol=1e-5)
+
+
 def test_streams_in_files_equal_streams_in_memory(tiny_checkpoint, tmp_path):
     batches = pack(random_rows(5), 64)
     embedding = open_checkpoint(tiny_checkpoint).read("model.embed_tokens.weight")
