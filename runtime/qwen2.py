@@ -20,6 +20,7 @@ from runtime.numerics import Numerics
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
 
 QKV, _, GATE_UP, _ = BLOCK_LINEAR_GROUPS
+SWIGLU_AT_ONCE = 1 << 18
 
 
 class Rotary:
@@ -44,6 +45,19 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     wide = hidden.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return scaled.to(hidden.dtype) * weight.to(hidden.dtype)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, numerics: Numerics) -> torch.Tensor:
+    """silu(gate) * up of [T, I], computed in the stream's dtype, in the matmul dtype.
+
+    On a CPU some rows at a time, so that what is between stays in cache.
+    """
+    rows = len(gate) if gate.is_cuda else max(1, SWIGLU_AT_ONCE // gate.shape[1])
+    product = torch.empty_like(gate, dtype=numerics.matmul, memory_format=torch.contiguous_format)
+    for out, *parts in zip(product.split(rows), gate.split(rows), up.split(rows), strict=True):
+        some, others = (part.to(numerics.stream) for part in parts)
+        out.copy_(F.silu(some).mul_(others))
+    return product
 
 
 class Block:
@@ -112,8 +126,8 @@ class Block:
 
     def mlp_activation(self, x: torch.Tensor) -> torch.Tensor:
         """What the down projection sees, from `mlp_input`: [T, I]."""
-        gate, up = (each.to(self.numerics.stream) for each in self._project(GATE_UP, x))
-        return F.silu(gate).mul_(up).to(self.numerics.matmul)
+        gate, up = self._project(GATE_UP, x)
+        return swiglu(gate, up, self.numerics)
 
     def after_mlp(self, hidden: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
         """The residual stream after the MLP: [T, H]."""
