@@ -108,10 +108,7 @@ class Bench:
             stages["factorise"] += self.once(lambda m=matrix, f=found: f.append(factorise(m, settings)))
             linears = [DenseLinear(self.weight(name)) for name in group]
             correction, weight = Correction(linears, in_features, self.device), hessian.weight
-            lacking = torch.randn(len(x), 1, device=self.device) if len(group) == 1 else None
-            stages["correction"] += self.once(
-                lambda c=correction, x=x, r=lacking, n=rounds: [c.add(x, 0.9 * x, r, None) for _ in range(n)]
-            )
+            stages["correction"] += self.once(lambda c=correction, x=x, n=rounds: [c.add(x, 0.9 * x) for _ in range(n)])
             for linear in linears:
                 targets: list[Any] = []
                 stages["correction"] += self.once(

@@ -48,15 +48,23 @@ VARIANTS = {
     "gptq-4, columns in order": ["--no-activation-order"],
     "gptq-4, scales when a group is entered": ["--no-activation-order", "--no-static-groups"],
     "gptq-4, min-max scales": ["--no-importance-scales"],
-    "gptq-4, plain (all three off)": ["--no-activation-order", "--no-static-groups", "--no-importance-scales"],
+    "gptq-4, no correction": ["--no-correction"],
+    "gptq-4, plain": [
+        "--no-activation-order",
+        "--no-static-groups",
+        "--no-importance-scales",
+        "--no-correction",
+        "--scored-share",
+        "0",
+    ],
     "gptq-4, desc_act": ["--desc-act", "--no-static-groups"],
     "gptq-4, asymmetric": ["--asymmetric"],
     "gptq-4, all tokens alike": ["--scored-share", "0"],
-    "gptq-4, scored share 1/32": ["--scored-share", "0.03125"],
     "gptq-4, scored share 1/2": ["--scored-share", "0.5"],
     "gptq-4, damp 0.001": ["--damp-percent", "0.001"],
     "gptq-4, damp 0.05": ["--damp-percent", "0.05"],
-    "gptq-4, 128 rows": ["--rows", "128"],
+    "gptq-4, 64 rows": ["--rows", "64"],
+    "gptq-4, 192 rows": ["--rows", "192"],
 }
 
 
@@ -136,7 +144,7 @@ def draw_pairs(arguments: argparse.Namespace) -> list[Rendered]:
 def draw_calibration(checkpoint: Checkpoint) -> Sample:
     """The rows that the command calibrates on by default: what a repair is fitted on."""
     renderer = Renderer.from_directory(checkpoint.directory, checkpoint.architecture.max_position_embeddings)
-    return sample(load_rows(), renderer, rows_wanted=64, parity_pairs=0)
+    return sample(load_rows(), renderer, rows_wanted=128, parity_pairs=0)
 
 
 def make(arguments: argparse.Namespace, name: str) -> Path:

@@ -85,7 +85,7 @@ def sample(
     rows: Rows,
     renderer: Renderer,
     *,
-    rows_wanted: int = 64,
+    rows_wanted: int = 128,
     parity_pairs: int | None = None,
     max_tokens: int | None = None,
     seed: int = 0,

@@ -103,7 +103,7 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         help="preference pairs: JSONL, JSON or Parquet in TRL's formats, or a hub dataset id "
         "(default: the bundled pairs)",
     )
-    group.add_argument("--rows", type=int, default=64, help="conversations to calibrate on (default %(default)s)")
+    group.add_argument("--rows", type=int, default=128, help="conversations to calibrate on (default %(default)s)")
     group.add_argument(
         "--parity-pairs",
         type=int,

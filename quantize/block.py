@@ -28,7 +28,10 @@ from runtime.packing import pack_gptq
 from runtime.quantization import BLOCK_LINEAR_GROUPS
 from runtime.qwen2 import Block
 from runtime.sweep import Stream, check_finite
+from runtime.workspace import Workspace
 
+Inputs = Iterator[tuple[int, torch.Tensor]]
+"""Batches, and what a group of linears sees of each, [T, K]."""
 Watch = Callable[[str, float | None], None]
 """Told of each linear as it is begun, with the relative loss of the one before."""
 
@@ -91,60 +94,40 @@ def quantize_block(
         return packer.result()
     there, wanted = _stops(block, quantized, calibration), _stops(original, reference, calibration)
     for group in BLOCK_LINEAR_GROUPS:
-        packer.calibrate(group, zip(next(there), next(wanted), strict=True), quantized)
+        packer.calibrate(group, next(there), next(wanted), quantized)
     _leave(original, reference, calibration, index)
     _leave(block, quantized, calibration, index)
     quantized.advance(block, index, streams.parity_batches)
     return packer.result()
 
 
-@dataclass
-class _Stop:
-    """One batch at one stop.
-
-    Attributes:
-        x: [T, K], what the linears will see.
-        residual: [T, H], what the output of the linears will be added to, if it will.
-    """
-
-    batch: int
-    x: torch.Tensor
-    residual: torch.Tensor | None = None
-
-    def less(self, other: _Stop) -> torch.Tensor | None:
-        """How far the other's residual is behind, [T, H]."""
-        return None if self.residual is None or other.residual is None else self.residual - other.residual
-
-
-def _stops(block: Block, stream: Stream, batches: Sequence[int]) -> Iterator[Iterator[_Stop]]:
+def _stops(block: Block, stream: Stream, batches: Sequence[int]) -> Iterator[Inputs]:
     """Inputs of the four linear groups, batch by batch. A group must be replaced before the next is asked for.
 
     `stream.following` holds the attention's context, then the residual after attention, so neither is
     computed twice.
     """
 
-    def attention_inputs() -> Iterator[_Stop]:
+    def attention_inputs() -> Inputs:
         for batch in batches:
-            yield _Stop(batch, block.attention_input(stream.read(batch)))
+            yield batch, block.attention_input(stream.read(batch))
 
-    def contexts() -> Iterator[_Stop]:
+    def contexts() -> Inputs:
         for batch in batches:
-            hidden = stream.read(batch)
-            context = block.attention_context(block.attention_input(hidden), stream.batches[batch])
+            context = block.attention_context(block.attention_input(stream.read(batch)), stream.batches[batch])
             stream.write(batch, context)
-            yield _Stop(batch, context, hidden)
+            yield batch, context
 
-    def mlp_inputs() -> Iterator[_Stop]:
+    def mlp_inputs() -> Inputs:
         for batch in batches:
             context = stream.read(batch, following=True).to(block.numerics.matmul)
             hidden = block.after_attention(stream.read(batch), context)
             stream.write(batch, hidden)
-            yield _Stop(batch, block.mlp_input(hidden))
+            yield batch, block.mlp_input(hidden)
 
-    def activations() -> Iterator[_Stop]:
+    def activations() -> Inputs:
         for batch in batches:
-            hidden = stream.read(batch, following=True)
-            yield _Stop(batch, block.mlp_activation(block.mlp_input(hidden)), hidden)
+            yield batch, block.mlp_activation(block.mlp_input(stream.read(batch, following=True)))
 
     yield from (attention_inputs(), contexts(), mlp_inputs(), activations())
 
@@ -169,10 +152,11 @@ class _Packer:
         self.seconds = dict.fromkeys(("inputs", "hessian", "factorise", "solve", "pack"), 0.0)
         self._loss: float | None = None
 
-    def calibrate(self, group: Sequence[str], stops: Iterator[tuple[_Stop, _Stop]], stream: Stream) -> None:
+    def calibrate(self, group: Sequence[str], there: Inputs, wanted: Inputs, stream: Stream) -> None:
         """Solve the linears of `group` under the Hessian of their common input.
 
-        `stops` are those of the quantized and of the reference stream.
+        Args:
+            there, wanted: that input in the quantized stream, which is `stream`, and in the reference.
         """
         in_features = self.block.architecture.linear_shape(group[0])[1]
         label = f"block {self.index}, {', '.join(group)}"
@@ -181,15 +165,16 @@ class _Packer:
         linears = [self.block.linears[name] for name in group]
         correction = Correction(linears, in_features, stream.device) if self.recipe.correction else None
         start = time.perf_counter()
-        for there, wanted in stops:
+        for (batch, x), (_, reference) in zip(there, wanted, strict=True):
             middle = time.perf_counter()
-            weights = token_weights(stream, there.batch, self.recipe.scored_share)
-            hessian.add(there.x, weights)
+            weights = token_weights(stream, batch, self.recipe.scored_share)
+            hessian.add(x, weights)
             if correction:
-                correction.add(there.x, wanted.x, wanted.less(there), weights)
+                correction.add(x, reference, weights)
             self.seconds["inputs"] += middle - start
             start = time.perf_counter()
             self.seconds["hessian"] += start - middle
+        Workspace.of(torch.device(stream.device)).clear()  # room for the factor
         matrix = hessian.matrix()
         hessian.finish()
         factor = factorise(matrix, self.recipe.settings(), label)
