@@ -87,7 +87,7 @@ def test_a_gpu_is_taken_where_there_is_one(place, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1 << 40, 1 << 40))
-    recipe = read(place, "--device", "auto").recipe
+    recipe = read(place, "--device", "auto", "--dtype", "auto").recipe
     assert (recipe.device, recipe.dtype) == ("cuda:0", "bfloat16")
     assert read(place, "--device", "cuda:1").recipe.device == "cuda:1"
     assert read(place, "--device", "cuda").recipe.device == "cuda:0"

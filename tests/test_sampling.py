@@ -192,7 +192,7 @@ def test_too_little_data_is_refused_with_its_numbers(pairs, wanted, message):
 def test_summary_of_the_bundled_set():
     taken = sample(load_rows(), RENDERER)
     lines = taken.summary().splitlines()
-    assert lines[0].startswith("calibration: 64 conversations, ")
+    assert lines[0].startswith("calibration: 128 conversations, ")
     assert lines[1].startswith(f"parity: {len(taken.parity)} pairs on other prompts, ")
     assert all(rows and pairs for rows, pairs in taken.areas().values())
 
