@@ -274,6 +274,7 @@ def test_readme_scoring_commands_are_understood():
 def test_readme_plan_is_current(monkeypatch: pytest.MonkeyPatch):
     """The plan of the 72B in it is what `--dry-run` prints, but for measured time and estimated tokens."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)  # each holds memory of its own
     command, table = next(text for text in blocks("console") if "--dry-run" in text).split("\n", 1)
     arguments = parse([*shlex.split(command.partition("quantize/run.py")[2]), "--device", "cpu"])
     plan = plan_without_weights(arguments, arguments.model)
