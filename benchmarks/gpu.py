@@ -1,20 +1,26 @@
 """Everything there is to measure on a GPU, in one command: one JSON line a figure, within ten minutes.
 
-    python benchmarks/gpu.py                     on a CUDA machine: true shapes of the 72B
-    python benchmarks/gpu.py --toy               anywhere, on the CPU, shapes a 32nd as wide
+    python benchmarks/gpu.py --work /tmp/gpu     on a CUDA machine: true shapes of the 72B, 45 GB of disk
+    python benchmarks/gpu.py --toy               anywhere, on the CPU, shapes a 32nd as wide and a few blocks
 
-Figures so far: the matmul peak; one true-shape 72B block scoring packed conversations, 16-bit and GPTQ-4, as
-tokens a second and share of that peak; one block quantized, seconds by stage. Weights are random and made on
-the device, so it needs nothing but torch and this repository.
+In order: the matmul peak; every dequantization against its plain twin, and its bandwidth against a copy's; flash
+attention against the plain one; one block scoring packed conversations, 16-bit, GPTQ-4 and NF4, as tokens a second and
+share of the peak; one block quantized, seconds by stage; then a whole packed model from disk: load, memory, tokens a
+second on pairs of mixed length, one comparison's latency, and the same model streamed within a budget. Weights are
+random and made here, so it needs nothing but torch and this repository. A figure that fails says so in its line, and
+the rest goes on; the exit status then is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +30,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.dequantize import KINDS, measure  # noqa: E402
+from benchmarks.giant import giant_config, write_giant  # noqa: E402
 from quantize.correction import Correction  # noqa: E402
 from quantize.factor import factorise  # noqa: E402
 from quantize.gptq import solve  # noqa: E402
@@ -31,13 +39,15 @@ from quantize.hessian import Hessian  # noqa: E402
 from quantize.plan import Load, Plan, matmul_rate  # noqa: E402
 from quantize.settings import GPTQSettings  # noqa: E402
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture  # noqa: E402
+from runtime.attention import causal_attention  # noqa: E402
 from runtime.batching import pack  # noqa: E402
 from runtime.chat import Rendered  # noqa: E402
 from runtime.linear import DenseLinear, make_linear  # noqa: E402
 from runtime.numerics import BFLOAT16  # noqa: E402
-from runtime.packing import pack_gptq  # noqa: E402
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization  # noqa: E402
 from runtime.qwen2 import Block, Rotary  # noqa: E402
+from runtime.scorer import Scorer  # noqa: E402
+from tests.packed import packed_tensors  # noqa: E402
 
 SEQUENCE = 512  # tokens of each random conversation
 
@@ -45,18 +55,28 @@ SEQUENCE = 512  # tokens of each random conversation
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="small shapes on the CPU, to see that everything runs")
+    parser.add_argument("--work", type=Path, help="directory for the whole model (default: a temporary one)")
     arguments = parser.parse_args()
-    bench = Bench("cpu" if arguments.toy else "cuda:0", divide=32 if arguments.toy else 1)
-    bench.peak()
-    bench.forward()
-    bench.quantize()
+    bench = Bench("cpu" if arguments.toy else "cuda:0", divide=32 if arguments.toy else 1, work=arguments.work)
+    figures = (bench.peak, bench.kernels, bench.attention, bench.forward, bench.quantize, bench.model)
+    return max([attempt(figure) for figure in figures])
+
+
+def attempt(figure: Callable[[], None]) -> int:
+    """Run one figure; 1 where it failed."""
+    try:
+        figure()
+    except Exception as error:  # whatever it is, the other figures are still wanted
+        traceback.print_exc()
+        say(figure.__name__, failed=f"{type(error).__name__}: {error}")
+        return 1
     return 0
 
 
 class Bench:
     """One device, one block of one size."""
 
-    def __init__(self, device: str, divide: int):
+    def __init__(self, device: str, divide: int, work: Path | None):
         self.device = device
         heads = 64 // min(divide, 8)
         hidden, inner = 8192 // divide, 29568 // divide // 32 * 32
@@ -67,6 +87,11 @@ class Bench:
         self.quantization = Quantization("gptq", 4, self.group_size)
         self.sizes = (1024, 4096, 16384) if divide == 1 else (512,)
         self.calibration_tokens = 262_144 if divide == 1 else 1024
+        self.divide, self.work = divide, work
+        self.layers = 80 if divide == 1 else 4
+        self.vocabulary = giant_config(1, divide)["vocab_size"]
+        self.budget = "20GiB" if divide == 1 else "3MiB"
+        self.seconds = 2.0 if divide == 1 else 0.2
         self.generator = torch.Generator(device).manual_seed(0)
         self.rate = 0.0
 
@@ -75,10 +100,30 @@ class Bench:
         self.rate = matmul_rate(torch.bfloat16, self.device, 1.0)
         say("matmul_peak", tflops=round(self.rate / 1e12, 1), device=self.name())
 
+    def kernels(self) -> None:
+        """Every format's weights against the plain twin's, and the bandwidth of writing them."""
+        for kind in KINDS:
+            shape = self.architecture.linear_shape("mlp.up_proj")
+            say("dequantize", kind=kind, **measure(kind, shape, self.group_size, 2048, self.device, self.seconds))
+
+    def attention(self) -> None:
+        """Shared prefixes and odd lengths, in bf16 on the device against fp32 on the CPU."""
+        lengths = ((300, 90), (300, 777), (0, 33))
+        rows = [Rendered([*range(shared), *range(400, 400 + own)], 0) for shared, own in lengths]
+        (batch,) = pack(rows, 10_000)
+        heads, kv_heads = self.architecture.num_attention_heads, self.architecture.num_key_value_heads
+        tensors = [
+            torch.randn(batch.tokens, n, self.architecture.head_dim).bfloat16() for n in (heads, kv_heads, kv_heads)
+        ]
+        plain = causal_attention(*(each.float() for each in tensors), batch.segments)
+        there = causal_attention(*(each.to(self.device) for each in tensors), batch.segments).cpu().float()
+        say("attention", largest_difference=round(float((there - plain).abs().max()), 5))
+
     def forward(self) -> None:
         """Tokens a second through one block, and the share of the peak that its products reach."""
-        for kind in ("16-bit", "gptq-4"):
-            block = self.block(packed=kind == "gptq-4")
+        for kind in ("16-bit", "gptq-4", "nf4"):
+            block = self.block(kind)
+            block.stack()
             for tokens in self.sizes:
                 rows = [Rendered([0] * SEQUENCE, SEQUENCE - 1)] * (tokens // SEQUENCE)
                 batch = pack(rows, tokens, share=False)[0].to(self.device)
@@ -123,22 +168,65 @@ class Bench:
             **{f"{stage}_seconds": round(seconds, 2) for stage, seconds in stages.items()},
         )
 
-    def block(self, packed: bool) -> Block:
+    def model(self) -> None:
+        """A whole packed model from disk, resident and streamed."""
+        with tempfile.TemporaryDirectory(dir=self.work) as directory:
+            giant = Path(directory) / "giant"
+            seconds = self.once(lambda: write_giant(giant, self.layers, self.divide))
+            say("write_model", blocks=self.layers, seconds=round(seconds, 1))
+            rows = self.mixed_pairs(64 if self.divide == 1 else 4)
+            resident = self.score(giant, "resident", rows, {})
+            streamed = self.score(giant, "streamed", rows, {"memory": {self.device: self.budget}})
+            say("streamed_against_resident", share=round(streamed / resident, 3))
+
+    def score(self, model: Path, placement: str, rows: list[Rendered], options: dict[str, Any]) -> float:
+        """Tokens a second of one placement, and what else there is to say of it."""
+        loaded: list[Scorer] = []
+        seconds = self.once(lambda: loaded.append(Scorer.from_pretrained(model, devices=self.device, **options)))
+        scorer = loaded[0]
+        say("load", placement=placement, seconds=round(seconds, 1), allocated_gib=self.peak_memory())
+        scorer.score_rendered(rows[:2])
+        latency = self.timed(lambda: scorer.score_rendered(rows[:2]), 3)
+        tokens = sum(batch.tokens for batch in pack(rows, scorer.token_budget))
+        rate = tokens / self.timed(lambda: scorer.score_rendered(rows), 1)
+        say(
+            "model_forward",
+            placement=placement,
+            tokens=tokens,
+            tokens_per_second=round(rate),
+            comparison_seconds=round(latency, 3),
+            peak_gib=self.peak_memory(),
+        )
+        return rate
+
+    def mixed_pairs(self, count: int) -> list[Rendered]:
+        """Two responses to each of `count` prompts, all of random lengths and tokens."""
+        draw = random.Random(0)
+
+        def tokens(least: int, most: int) -> list[int]:
+            return [draw.randrange(self.vocabulary) for _ in range(draw.randint(least, most))]
+
+        rows = []
+        for _ in range(count):
+            prompt = tokens(20, 600)
+            rows += [[*prompt, *tokens(20, 900)] for _ in range(2)]
+        return [Rendered(row, len(row) - 1) for row in rows]
+
+    def block(self, kind: str) -> Block:
         """A block of random weights."""
-        linears = {name: self.linear(name, packed) for name in BLOCK_LINEARS}
+        linears = {name: self.linear(name, kind) for name in BLOCK_LINEARS}
         norms = {name: torch.ones(self.architecture.hidden_size, device=self.device) for name in BLOCK_NORMS}
         return Block(self.architecture, norms, linears, Rotary(self.architecture, SEQUENCE, self.device), BFLOAT16)
 
-    def linear(self, name: str, packed: bool) -> Any:
-        out_features, in_features = shape = self.architecture.linear_shape(name)
-        if not packed:
+    def linear(self, name: str, kind: str) -> Any:
+        if kind == "16-bit":
             return DenseLinear(self.weight(name))
-        groups = self.quantization.groups(in_features)
-        codes = torch.randint(0, 16, (in_features, out_features), dtype=torch.uint8, device=self.device)
-        zeros = torch.full((groups, out_features), 8, dtype=torch.uint8, device=self.device)
-        scales = torch.full((groups, out_features), 0.25 * in_features**-0.5, dtype=torch.float16, device=self.device)
-        g_idx = torch.arange(in_features, device=self.device) // self.group_size
-        return make_linear(pack_gptq(codes, zeros, scales, g_idx, 4), self.quantization, shape)
+        shape = self.architecture.linear_shape(name)
+        quantization = self.quantization if kind == "gptq-4" else Quantization("nf4", 4)
+        tensors = {suffix: each.to(self.device) for suffix, each in packed_tensors(shape, quantization).items()}
+        if "scales" in tensors:
+            tensors["scales"] = torch.full_like(tensors["scales"], 0.2 * shape[1] ** -0.5)
+        return make_linear(tensors, quantization, shape)
 
     def weight(self, name: str) -> torch.Tensor:
         out_features, in_features = self.architecture.linear_shape(name)
@@ -167,7 +255,12 @@ class Bench:
         return "cpu" if self.device == "cpu" else torch.cuda.get_device_name()
 
     def peak_memory(self) -> float | None:
-        return None if self.device == "cpu" else round(torch.cuda.max_memory_allocated() / 2**30, 1)
+        """The most since the last asking, in GiB."""
+        if self.device == "cpu":
+            return None
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+        return round(peak, 1)
 
 
 def say(figure: str, **values: Any) -> None:
