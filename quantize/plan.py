@@ -180,9 +180,8 @@ class Plan:
         stages = {"reference stream": forward * self.load.tokens, "quantized stream": forward * self.load.tokens}
         if not self.calibrated:
             return stages
-        attention = 2.0 * sum(self._size(name) for name in BLOCK_LINEARS[:3])
-        mlp = 2.0 * sum(self._size(name) for name in BLOCK_LINEARS[4:6])
-        stages["calibration stops"] = (attention + mlp) * self.load.calibration_tokens
+        gate_and_up = 2.0 * sum(self._size(name) for name in BLOCK_LINEARS[4:6])
+        stages["calibration stops"] = 2 * gate_and_up * self.load.calibration_tokens  # a second time, in both streams
         stages["Hessians"] = sum(2.0 * k**2 for k in self._inputs) * self.load.calibration_tokens
         if self.correction:
             inner = sum(2.0 * self.architecture.linear_shape(group[0])[1] ** 2 for group in _INNER)
