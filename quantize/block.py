@@ -41,7 +41,8 @@ class LinearFigures:
     """What quantizing one linear cost.
 
     Attributes:
-        loss: mean over tokens of the squared output error; for methods that see no data, of the weights'.
+        loss: mean over tokens of the squared difference from the output asked for; for methods that see no data,
+            of the weights' error.
         relative_loss: the same over the mean squared output (or weight).
         sqnr_db: signal to quantization noise in decibels, None where nothing was lost.
         damp: what was added to the Hessian's diagonal; 0 without one.
