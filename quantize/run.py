@@ -37,7 +37,7 @@ from runtime.checkpoint import open_checkpoint
 from runtime.errors import MENDABLE, KitError
 from runtime.files import write_whole
 from runtime.numerics import BFLOAT16, FLOAT32
-from runtime.parity import ParityReport, Thresholds, hold, read_report
+from runtime.parity_report import ParityReport, Thresholds, hold, read_report
 from runtime.report import JSON_FILE, write_report
 from runtime.summary import summary_table, verdict
 from runtime.sweep import read_head

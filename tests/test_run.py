@@ -17,7 +17,7 @@ from quantize.run import main
 from runtime.architecture import BLOCK_LINEARS, HEAD_TENSORS
 from runtime.chat import Renderer
 from runtime.checkpoint import Checkpoint, open_checkpoint
-from runtime.parity import read_report
+from runtime.parity_report import read_report
 from runtime.reference import ReferenceScores
 from runtime.scorer import Scorer
 from tests.test_job import RECIPE

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtime.errors import ConversationError, KitError, NonFiniteError
-from runtime.parity import BlockError, ParityReport, Thresholds, measure_parity, read_report
+from runtime.parity_report import BlockError, ParityReport, Thresholds, measure_parity, read_report
 from runtime.summary import verdict
 from tests.scored import SUBJECT, pair, random_pairs
 
