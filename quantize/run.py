@@ -1,17 +1,15 @@
 """From a 16-bit reward model to a packed one and its parity report: `python quantize/run.py --bits 4`.
 
-`main` handles how a run can end; `quantize` is the story.
+`quantize` is the story; `runtime.command` handles how a run can end.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
-from types import FrameType
 
 if __package__ in (None, ""):  # run as a file: Python put quantize/ first on the path, the tree belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -34,7 +32,7 @@ from quantize.streams import Streams
 from quantize.sweep_job import sweep
 from quantize.writer import Writer
 from runtime.checkpoint import open_checkpoint
-from runtime.errors import MENDABLE, KitError
+from runtime.command import run_command
 from runtime.files import write_whole
 from runtime.numerics import BFLOAT16, FLOAT32
 from runtime.parity_report import ParityReport, Thresholds, hold, read_report
@@ -43,23 +41,12 @@ from runtime.summary import summary_table, verdict
 from runtime.sweep import read_head
 from runtime.version import kit_version
 
+WAY_ON = "finished blocks are kept, and the same command with --resume goes on from there."
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return quantize(parse(argv), console)
-    except KitError as error:
-        console.print(f"error: {error}")
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
-        console.print(f"error: {error}")
-    except KeyboardInterrupt:
-        console.print("stopped; finished blocks are kept, and the same command with --resume goes on from there.")
-        return 130
-    return 2
+    return run_command(parse, quantize, lambda _: WAY_ON, argv)
 
 
 def quantize(arguments: Namespace, console: Console) -> int:
@@ -152,10 +139,6 @@ def announce(output: Path, seconds: float, arguments: Namespace, console: Consol
         figures = {"output": str(output), "seconds": round(seconds, 1), "peak_memory": peak_memory()}
         print(json.dumps(figures | ({"parity": report.figures.model_dump()} if report else {})))
     return 0 if report is None or report.passed else 1
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
