@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,19 +209,6 @@ class Plan:
             for dtype, shape in tensors.values()
             if dtype is not None and shape is not None
         )
-
-
-def matmul_rate(dtype: torch.dtype, device: str, seconds: float = 0.2) -> float:
-    """Floating-point operations a second of this machine's matrix product, measured now."""
-    size = 1024 if device == "cpu" else 8192
-    a = torch.randn(size, size, device=device).to(dtype)
-    a @ a
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        b = a @ a
-        b[0, 0].item()
-        done += 1
-    return 2.0 * size**3 * done / (time.perf_counter() - start)
 
 
 def check_disk(plan: Plan, output: Path) -> None:

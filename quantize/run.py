@@ -26,7 +26,7 @@ from quantize.job import Job, refuse_foreign
 from quantize.outcome import Outcome, conclude
 from quantize.plan import check_disk
 from quantize.plan_table import print_plan
-from quantize.progress import BlockProgress, peak_memory
+from quantize.progress import BlockProgress
 from quantize.repair import head_tensors
 from quantize.streams import Streams
 from quantize.sweep_job import sweep
@@ -34,6 +34,7 @@ from quantize.writer import Writer
 from runtime.checkpoint import open_checkpoint
 from runtime.command import run_command
 from runtime.files import write_whole
+from runtime.memory import peak_memory
 from runtime.numerics import BFLOAT16, FLOAT32
 from runtime.parity_report import ParityReport, Thresholds, hold, read_report
 from runtime.report import JSON_FILE, write_report
