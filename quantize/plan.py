@@ -86,7 +86,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the block linears, scales and zeros included."""
-        return 8 * sum(self._packed_size(name) for name in BLOCK_LINEARS) / self.block_weights
+        return self.quantization.bits_per_weight(self.architecture)
 
     @property
     def outer_bytes(self) -> int:
@@ -203,12 +203,7 @@ class Plan:
         return out_features * in_features
 
     def _packed_size(self, name: str) -> int:
-        tensors = self.quantization.linear_tensors(*self.architecture.linear_shape(name), bias=False)
-        return sum(
-            dtype.itemsize * torch.Size(shape).numel()
-            for dtype, shape in tensors.values()
-            if dtype is not None and shape is not None
-        )
+        return self.quantization.linear_bytes(*self.architecture.linear_shape(name))
 
 
 def check_disk(plan: Plan, output: Path) -> None:
