@@ -16,7 +16,6 @@ if __package__ in (None, ""):  # run as a file: Python put quantize/ first on th
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from quantize.arguments import default_output, parse
 from quantize.card import describe_variant, render_card
@@ -40,6 +39,7 @@ from runtime.parity_report import ParityReport, Thresholds, hold, read_report
 from runtime.report import JSON_FILE, write_report
 from runtime.summary import summary_table, verdict
 from runtime.sweep import read_head
+from runtime.table import print_table
 from runtime.version import kit_version
 
 WAY_ON = "finished blocks are kept, and the same command with --resume goes on from there."
@@ -128,11 +128,7 @@ def announce(output: Path, seconds: float, arguments: Namespace, console: Consol
     if report is not None:
         results = hold(report.figures, Thresholds(min_agreement=arguments.min_agreement, max_shift=arguments.max_shift))
         report = report.model_copy(update={"thresholds": results})  # a finished job may be held to others
-        header, *rows = summary_table(report)
-        table = Table(*header, title=verdict(report).headline, title_justify="left", title_style="bold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(summary_table(report), console, verdict(report).headline)
         console.print(f"report      {output / 'parity.html'}")
     console.print(f"checkpoint  {output}")
     console.print(f"took {seconds:.0f} s, peak memory {peak_memory() / 2**30:.2f} GiB")

@@ -39,8 +39,8 @@ WORST_PAIRS = 10
 class Subject(BaseModel):
     """What was compared with what.
 
-    `reference_dtype` is the truth in words, such as "bfloat16 weights, float32 arithmetic";
-    `group_size` is -1 where there are no groups.
+    `reference` says whose scores are the reference's; `reference_dtype` is the truth in words, such as
+    "bfloat16 weights, float32 arithmetic"; `group_size` is -1 where there are no groups.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -50,6 +50,7 @@ class Subject(BaseModel):
     bits: int
     bits_per_weight: float
     group_size: int = -1
+    reference: str = "the unquantized model"
     reference_dtype: str
     kit_version: str
     settings: dict[str, JsonValue] = {}

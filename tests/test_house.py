@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from quantize.arguments import parse
 from quantize.inputs import plan_without_weights
 from quantize.plan_table import plan_rows
-from runtime import score_arguments
+from runtime import parity_arguments, score_arguments
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -269,6 +269,13 @@ def test_readme_scoring_commands_are_understood():
     assert len(commands) >= 2
     for command in commands:
         score_arguments.parse(shlex.split(command))
+
+
+def test_readme_comparing_commands_are_understood():
+    commands = re.findall(r"runtime\.parity (.*)", "\n".join(blocks("bash")))
+    assert len(commands) >= 3
+    for command in commands:
+        parity_arguments.parse(shlex.split(command))
 
 
 def test_readme_plan_is_current(monkeypatch: pytest.MonkeyPatch):
