@@ -35,6 +35,7 @@ from runtime.command import run_command
 from runtime.files import write_whole
 from runtime.memory import peak_memory
 from runtime.numerics import BFLOAT16, FLOAT32
+from runtime.parity_pairs import write_pairs
 from runtime.parity_report import ParityReport, Thresholds, hold, read_report
 from runtime.report import JSON_FILE, write_report
 from runtime.summary import summary_table, verdict
@@ -116,6 +117,7 @@ def write_rest(job: Job, inputs: Inputs, writer: Writer, outcome: Outcome, repor
     reference_scores(inputs, outcome).save(job.output)
     if report is not None:
         write_report(report, job.output)
+        write_pairs((each.pair for each in inputs.sample.parity), job.output)
     variant = describe_variant(report, inputs.recipe)
     card = render_card(inputs.recipe, inputs.checkpoint.name, variant, report, kit_version())
     write_whole(job.output / "README.md", card)

@@ -1,4 +1,4 @@
-"""Compare scores computed here and now with reference scores: `python -m runtime.parity MODEL --pairs FILE`.
+"""Compare scores computed here and now with reference scores: `python -m runtime.parity MODEL`.
 
 `parity` is the story; `runtime.command` handles how a run can end.
 """
@@ -19,9 +19,10 @@ from runtime.errors import PlanError
 from runtime.figures import spread
 from runtime.golden import PUBLISHED, GoldenResult, usual_tolerance
 from runtime.parity_arguments import parse
-from runtime.parity_pairs import Selection, read_pairs, select_pairs
+from runtime.parity_pairs import FILE_NAME as PAIRS_FILE
+from runtime.parity_pairs import Selection, read_pairs, select_pairs, stored_pairs
 from runtime.parity_report import ParityReport, Thresholds, measure_parity
-from runtime.reference import FILE_NAME
+from runtime.reference import FILE_NAME as REFERENCE_FILE
 from runtime.scored_pair import PairScores, Scores
 from runtime.side_by_side import Result, print_results, report_directories, summarise, write_results
 from runtime.variant import Variant, open_variants
@@ -69,23 +70,21 @@ def choose_pairs(arguments: Namespace, models: Sequence[Variant], reference: Var
         PlanError: there is nothing to compare a model with, or no pairs to do it on.
         ConversationError: the pairs cannot be read, or not one is of use.
     """
-    if arguments.pairs is None:
-        if not arguments.golden or reference is not None:
-            raise PlanError(
-                f"no --pairs were given, and {FILE_NAME} keeps scores without texts; name a file of preference pairs, "
-                "such as those that the model was quantized with (by default calibration/bundled/*.jsonl)."
-            )
+    paths = arguments.pairs or stored_pairs(models)
+    if not paths and arguments.golden and reference is None:
         if not any(model.golden for model in models):
             names = ", ".join(model.label for model in models)
             raise PlanError(f"{GoldenResult(model=names).sentence()}; compare on --pairs.")
         return Selection([], {}, {})
+    if not paths:
+        raise PlanError(f"no --pairs were given, and no model has a {PAIRS_FILE} beside it; name a file of pairs.")
     for model in models:
         if reference is None and model.stored is None:
             raise PlanError(
-                f"{model.checkpoint.directory} has no {FILE_NAME}, which quantizing writes; name a --reference to "
+                f"{model.checkpoint.directory} has no {REFERENCE_FILE}, which quantizing writes; name a --reference to "
                 f"compare {model.label} with."
             )
-    return select_pairs(read_pairs(arguments.pairs), models, reference)
+    return select_pairs(read_pairs(paths), models, reference)
 
 
 def examine(

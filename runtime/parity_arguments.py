@@ -20,18 +20,21 @@ variant still ranks, and scores, like the original. Several models are compared 
 EXAMPLES = """\
 what with:
   reference_scores.json   beside a model that the kit quantized: the original's scores, filed under a hash of each
-                          conversation's tokens. It has no text, so the pairs come from --pairs; those without a
-                          stored score, and those that the model was calibrated on, are left out and counted
+                          conversation's tokens. Pairs without a stored score, and those that the model was
+                          calibrated on, are left out and counted
   --reference MODEL       any other checkpoint, scored here first: then every pair can be compared on
   --golden                the two scores on WorldPM-72B's model card, for a checkpoint of that name or made from it
 
-pairs, one of these a row, as JSONL or JSON (.gz too) or Parquet:
-  {"prompt": "...", "chosen": "...", "rejected": "..."}      messages in place of text, or no prompt, as in TRL
+on which pairs:
+  parity_pairs.jsonl      beside a model that the kit quantized: those it was compared on then
+  --pairs FILE            others, as JSONL or JSON (.gz too) or Parquet; one of these a row, with messages in place
+                          of text, or without a prompt, as in TRL:
+                          {"prompt": "...", "chosen": "...", "rejected": "..."}
 
 examples:
-  python -m runtime.parity output/demo-gptq-4bit --pairs calibration/bundled/*.jsonl
+  python -m runtime.parity output/demo-gptq-4bit
   python -m runtime.parity output/demo-gptq-4bit --reference demo --pairs my-pairs.jsonl --output reports
-  python -m runtime.parity demo-gptq-4bit demo-gptq-8bit demo-nf4 --pairs my-pairs.jsonl --max-shift 0.2
+  python -m runtime.parity demo-gptq-4bit demo-gptq-8bit demo-nf4 --max-shift 0.2
   python -m runtime.parity worldpm-72b-gptq-4bit --golden
 
 exit status: 0 all is within its limits; 1 a threshold or a golden score was missed; 2 an error that the message
@@ -74,7 +77,13 @@ def _program() -> str:
 
 
 def _add_reference(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--pairs", type=Path, nargs="+", metavar="FILE", help="preference pairs to compare scores on")
+    group.add_argument(
+        "--pairs",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="preference pairs to compare scores on (default: the parity_pairs.jsonl beside the models)",
+    )
     group.add_argument(
         "--reference",
         metavar="MODEL",

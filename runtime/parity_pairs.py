@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 
 from runtime.conversation import EmptyConversationError, PreferencePair, parse_row
 from runtime.errors import ConversationError
+from runtime.files import write_whole
 from runtime.rows import read_rows
 from runtime.variant import RenderedPair, Variant
 
+FILE_NAME = "parity_pairs.jsonl"
 CALIBRATED_ON = "it was calibrated on them, which flatters"
 NO_REFERENCE = "no reference scores are stored for them"
 UNFIT = "they cannot be rendered for it"
@@ -52,6 +55,19 @@ def read_pairs(paths: Iterable[Path]) -> list[PreferencePair]:
     if not pairs:
         raise ConversationError(f"{', '.join(map(str, paths))}: no usable preference pair; parity needs some.")
     return list(pairs.values())
+
+
+def write_pairs(pairs: Iterable[PreferencePair], directory: Path) -> Path:
+    """Keep pairs beside a checkpoint, for `read_pairs` to read."""
+    path = directory / FILE_NAME
+    write_whole(path, "".join(json.dumps(pair.to_row(), ensure_ascii=False) + "\n" for pair in pairs))
+    return path
+
+
+def stored_pairs(models: Iterable[Variant]) -> list[Path]:
+    """The files that `write_pairs` has left beside some models."""
+    paths = (model.checkpoint.directory / FILE_NAME for model in models)
+    return [path for path in paths if path.is_file()]
 
 
 def select_pairs(pairs: Sequence[PreferencePair], models: Sequence[Variant], reference: Variant | None) -> Selection:

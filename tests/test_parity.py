@@ -74,6 +74,20 @@ def test_stored_scores_give_the_report_that_quantizing_gave(place, capfd, tmp_pa
     assert within < 1e-4
 
 
+def test_the_pairs_beside_a_model_do_where_none_are_given(place, tmp_path, capfd):
+    assert compare(place, place / "q4", place / "q8", "--json", pairs=False) == 0
+    alone = figures(capfd)
+    assert compare(place, place / "q4", place / "q8", "--json") == 0
+    for found, expected in zip(alone, figures(capfd), strict=True):
+        for name in ("agreement", "mean_shift", "max_shift", "spearman"):
+            assert found["figures"][name]["value"] == pytest.approx(expected["figures"][name]["value"], abs=1e-5)
+    assert not any("left out" in note for each in alone for note in each["notes"])
+    bare = shutil.copytree(place / "q8", tmp_path / "bare")
+    (bare / "parity_pairs.jsonl").unlink()
+    assert compare(place, bare, place / "q4", pairs=False) == 0  # those of another do, too
+    assert compare(place, bare, pairs=False) == 2
+
+
 def test_a_model_that_changed_since_it_was_quantized_is_found_out(place, tmp_path, capfd):
     changed = shutil.copytree(place / "q4", tmp_path / "q4")
     head = next(path for path in changed.glob("*.safetensors") if "score.2.weight" in load_file(path))
@@ -223,11 +237,11 @@ def test_nothing_is_written_unless_asked_and_never_into_a_checkpoint(place, tmp_
 @pytest.mark.parametrize(
     ("more", "pairs", "message"),
     [
-        (("q4",), False, "no --pairs were given"),
+        (("model",), False, "no --pairs were given, and no model has a parity_pairs.jsonl beside it"),
         (("model",), True, "has no reference_scores.json, which quantizing writes; name a --reference"),
         (("nowhere",), True, "nowhere does not exist"),
         (("q4", "--reference", "nowhere"), True, "nowhere does not exist"),
-        (("q4", "--reference", "model", "--golden"), False, "no --pairs were given"),
+        (("model", "--reference", "model", "--golden"), False, "no --pairs were given"),
         (("q4", "--tolerance", "1"), True, "--tolerance was given without --golden"),
         (("q4", "--token-budget", "0"), True, "--token-budget is 0"),
         (("q4", "--pairs", "nothing.jsonl"), False, "nothing.jsonl cannot be read: No such file"),

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import ConversationError
-from runtime.parity_pairs import read_pairs, select_pairs
+from runtime.parity_pairs import read_pairs, select_pairs, stored_pairs, write_pairs
 from runtime.reference import ReferenceScores
 from runtime.variant import Variant, open_variants
-from tests.tiny_job import PAIRS, ROWS, quantize, write_job_model, write_pairs
+from tests import tiny_job
+from tests.tiny_job import PAIRS, ROWS, quantize, write_job_model
 
 ROW = {"prompt": "Q", "chosen": "yes", "rejected": "no"}
 
@@ -22,7 +23,7 @@ def place(tmp_path_factory) -> Path:
     """A tiny model, 40 pairs, and the model packed."""
     place = tmp_path_factory.mktemp("pairs")
     write_job_model(place / "model")
-    write_pairs(place / "pairs.jsonl")
+    tiny_job.write_pairs(place / "pairs.jsonl")
     assert quantize(place / "model", place / "pairs.jsonl", place / "packed", "--method", "nf4", "--bits", "4") == 0
     return place
 
@@ -53,6 +54,24 @@ def test_files_are_read_as_one_and_each_pair_once(tmp_path):
         read_pairs([write(tmp_path / "a.jsonl", ROW, single)])
     with pytest.raises(ConversationError, match="a.jsonl:1: the row has"):
         read_pairs([write(tmp_path / "a.jsonl", {"question": "x"})])
+
+
+def test_pairs_beside_a_model_are_those_of_its_report(packed):
+    assert [pair.id for pair in read_pairs(stored_pairs([packed]))] == [each.id for each in packed.report.scores]
+    assert {pair.category for pair in read_pairs(stored_pairs([packed]))} == {"objective", "adversarial", "subjective"}
+
+
+def test_pairs_are_read_as_they_were_written(tmp_path):
+    turns = [{"role": role, "content": f"{role} ünd\u2028"} for role in ("system", "user", "assistant", "user")]
+    answer = {"role": "assistant", "content": "<|im_end|>\n"}
+    rows = [
+        {"prompt": turns, "chosen": [answer], "rejected": "no", "category": "a/b"},
+        {"prompt": turns[:3], "chosen": [turns[3], answer], "rejected": [turns[3], {**answer, "content": "x"}]},
+        {"chosen": [*turns, answer], "rejected": [*turns[:1], {"role": "user", "content": "?"}, answer]},
+    ]
+    pairs = read_pairs([write(tmp_path / "a.jsonl", *rows)])
+    again = read_pairs([write_pairs(pairs, tmp_path)])
+    assert [replace(pair, where="") for pair in pairs] == [replace(pair, where="") for pair in again]
 
 
 def test_stored_scores_are_found_and_calibration_rows_left_out(packed, pairs):

@@ -190,7 +190,8 @@ def test_nothing_but_the_checkpoint_its_reports_and_the_job_is_left(finished):
     assert {path.name for path in (finished / "job").iterdir()} == {"job.json", "blocks.jsonl", "lock"}
     assert set(digests(finished)) == {
         "README.md", "chat_template.jinja", "config.json", "model.safetensors.index.json", "parity.html", "parity.json",
-        "parity.junit.xml", "quantize_config.json", "reference_scores.json", "tokenizer.json", "tokenizer_config.json",
+        "parity.junit.xml", "parity_pairs.jsonl", "quantize_config.json", "reference_scores.json", "tokenizer.json",
+        "tokenizer_config.json",
         *(f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)),
     }  # fmt: skip
 
