@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from quantize.arguments import parse
 from quantize.inputs import plan_without_weights
 from quantize.plan_table import plan_rows
-from runtime import parity_arguments, score_arguments
+from runtime import bench_arguments, parity_arguments, score_arguments
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -271,11 +271,12 @@ def test_readme_scoring_commands_are_understood():
         score_arguments.parse(shlex.split(command))
 
 
-def test_readme_comparing_commands_are_understood():
-    commands = re.findall(r"runtime\.parity (.*)", "\n".join(blocks("bash")))
-    assert len(commands) >= 3
+@pytest.mark.parametrize(("name", "arguments"), [("parity", parity_arguments), ("bench", bench_arguments)])
+def test_readme_runtime_commands_are_understood(name, arguments):
+    commands = re.findall(rf"runtime\.{name} (.*)", "\n".join(blocks("bash")))
+    assert commands
     for command in commands:
-        parity_arguments.parse(shlex.split(command))
+        arguments.parse(shlex.split(command))
 
 
 def test_readme_plan_is_current(monkeypatch: pytest.MonkeyPatch):
