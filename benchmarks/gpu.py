@@ -36,13 +36,14 @@ from quantize.correction import Correction  # noqa: E402
 from quantize.factor import factorise  # noqa: E402
 from quantize.gptq import solve  # noqa: E402
 from quantize.hessian import Hessian  # noqa: E402
-from quantize.plan import Load, Plan, matmul_rate  # noqa: E402
+from quantize.plan import Load, Plan  # noqa: E402
 from quantize.settings import GPTQSettings  # noqa: E402
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture  # noqa: E402
 from runtime.attention import causal_attention  # noqa: E402
 from runtime.batching import pack  # noqa: E402
 from runtime.chat import Rendered  # noqa: E402
 from runtime.linear import DenseLinear, make_linear  # noqa: E402
+from runtime.machine import matmul_rate  # noqa: E402
 from runtime.numerics import BFLOAT16  # noqa: E402
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization  # noqa: E402
 from runtime.qwen2 import Block, Rotary  # noqa: E402

@@ -29,8 +29,8 @@ from optimum.gptq import quantizer as optimum_quantizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from quantize.progress import peak_memory  # noqa: E402
 from runtime.hf_model import Qwen2ForRewardModel  # noqa: E402
+from runtime.memory import peak_memory  # noqa: E402
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization  # noqa: E402
 
 

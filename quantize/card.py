@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantize.recipe import Recipe
-from runtime.parity import ParityReport
+from runtime.parity_report import ParityReport
 from runtime.summary import describe, summary_table, verdict
 
 CARD = """\

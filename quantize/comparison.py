@@ -8,7 +8,7 @@ from typing import Any
 from quantize.inputs import Inputs
 from quantize.outcome import Outcome, parity_pairs
 from runtime.architecture import DTYPES
-from runtime.parity import BlockError, ParityReport, Subject, Thresholds, measure_parity
+from runtime.parity_report import BlockError, ParityReport, Subject, Thresholds, measure_parity
 from runtime.reference import ReferenceScores
 from runtime.version import kit_version
 

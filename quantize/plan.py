@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +86,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the block linears, scales and zeros included."""
-        return 8 * sum(self._packed_size(name) for name in BLOCK_LINEARS) / self.block_weights
+        return self.quantization.bits_per_weight(self.architecture)
 
     @property
     def outer_bytes(self) -> int:
@@ -203,25 +202,7 @@ class Plan:
         return out_features * in_features
 
     def _packed_size(self, name: str) -> int:
-        tensors = self.quantization.linear_tensors(*self.architecture.linear_shape(name), bias=False)
-        return sum(
-            dtype.itemsize * torch.Size(shape).numel()
-            for dtype, shape in tensors.values()
-            if dtype is not None and shape is not None
-        )
-
-
-def matmul_rate(dtype: torch.dtype, device: str, seconds: float = 0.2) -> float:
-    """Floating-point operations a second of this machine's matrix product, measured now."""
-    size = 1024 if device == "cpu" else 8192
-    a = torch.randn(size, size, device=device).to(dtype)
-    a @ a
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        b = a @ a
-        b[0, 0].item()
-        done += 1
-    return 2.0 * size**3 * done / (time.perf_counter() - start)
+        return self.quantization.linear_bytes(*self.architecture.linear_shape(name))
 
 
 def check_disk(plan: Plan, output: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from quantize.plan import GIB, Plan, matmul_rate
+from quantize.plan import GIB, Plan
+from runtime.machine import matmul_rate
 
 
 def print_plan(plan: Plan, model: str, output: Path, console: Console) -> None:

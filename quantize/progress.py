@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import resource
-import sys
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from runtime.memory import peak_memory
 
 
 class BlockProgress:
@@ -50,12 +48,3 @@ class BlockProgress:
     def block_done(self) -> None:
         """A block is on disk."""
         self._bar.advance(self._task)
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # where getrusage counts the parent's pages from before exec too
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024  # type: ignore[index]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

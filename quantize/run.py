@@ -1,24 +1,21 @@
 """From a 16-bit reward model to a packed one and its parity report: `python quantize/run.py --bits 4`.
 
-`main` handles how a run can end; `quantize` is the story.
+`quantize` is the story; `runtime.command` handles how a run can end.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
-from types import FrameType
 
 if __package__ in (None, ""):  # run as a file: Python put quantize/ first on the path, the tree belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from quantize.arguments import default_output, parse
 from quantize.card import describe_variant, render_card
@@ -28,38 +25,30 @@ from quantize.job import Job, refuse_foreign
 from quantize.outcome import Outcome, conclude
 from quantize.plan import check_disk
 from quantize.plan_table import print_plan
-from quantize.progress import BlockProgress, peak_memory
+from quantize.progress import BlockProgress
 from quantize.repair import head_tensors
 from quantize.streams import Streams
 from quantize.sweep_job import sweep
 from quantize.writer import Writer
 from runtime.checkpoint import open_checkpoint
-from runtime.errors import MENDABLE, KitError
+from runtime.command import run_command
 from runtime.files import write_whole
+from runtime.memory import peak_memory
 from runtime.numerics import BFLOAT16, FLOAT32
-from runtime.parity import ParityReport, Thresholds, hold, read_report
+from runtime.parity_pairs import write_pairs
+from runtime.parity_report import ParityReport, Thresholds, hold, read_report
 from runtime.report import JSON_FILE, write_report
 from runtime.summary import summary_table, verdict
 from runtime.sweep import read_head
+from runtime.table import print_table
 from runtime.version import kit_version
+
+WAY_ON = "finished blocks are kept, and the same command with --resume goes on from there."
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return quantize(parse(argv), console)
-    except KitError as error:
-        console.print(f"error: {error}")
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
-        console.print(f"error: {error}")
-    except KeyboardInterrupt:
-        console.print("stopped; finished blocks are kept, and the same command with --resume goes on from there.")
-        return 130
-    return 2
+    return run_command(parse, quantize, lambda _: WAY_ON, argv)
 
 
 def quantize(arguments: Namespace, console: Console) -> int:
@@ -128,6 +117,7 @@ def write_rest(job: Job, inputs: Inputs, writer: Writer, outcome: Outcome, repor
     reference_scores(inputs, outcome).save(job.output)
     if report is not None:
         write_report(report, job.output)
+        write_pairs((each.pair for each in inputs.sample.parity), job.output)
     variant = describe_variant(report, inputs.recipe)
     card = render_card(inputs.recipe, inputs.checkpoint.name, variant, report, kit_version())
     write_whole(job.output / "README.md", card)
@@ -140,11 +130,7 @@ def announce(output: Path, seconds: float, arguments: Namespace, console: Consol
     if report is not None:
         results = hold(report.figures, Thresholds(min_agreement=arguments.min_agreement, max_shift=arguments.max_shift))
         report = report.model_copy(update={"thresholds": results})  # a finished job may be held to others
-        header, *rows = summary_table(report)
-        table = Table(*header, title=verdict(report).headline, title_justify="left", title_style="bold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(summary_table(report), console, verdict(report).headline)
         console.print(f"report      {output / 'parity.html'}")
     console.print(f"checkpoint  {output}")
     console.print(f"took {seconds:.0f} s, peak memory {peak_memory() / 2**30:.2f} GiB")
@@ -152,10 +138,6 @@ def announce(output: Path, seconds: float, arguments: Namespace, console: Consol
         figures = {"output": str(output), "seconds": round(seconds, 1), "peak_memory": peak_memory()}
         print(json.dumps(figures | ({"parity": report.figures.model_dump()} if report else {})))
     return 0 if report is None or report.passed else 1
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

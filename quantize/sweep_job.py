@@ -9,7 +9,7 @@ import torch
 
 from quantize.block import PackedBlock, quantize_block
 from quantize.job import Job
-from quantize.progress import BlockProgress, peak_memory
+from quantize.progress import BlockProgress
 from quantize.recipe import Recipe
 from quantize.streams import Streams
 from quantize.writer import Writer
@@ -17,6 +17,7 @@ from runtime.architecture import block_prefix
 from runtime.checkpoint import Checkpoint
 from runtime.errors import NonFiniteError
 from runtime.linear import Tensors
+from runtime.memory import peak_memory
 from runtime.sweep import read_blocks
 
 

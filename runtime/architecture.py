@@ -81,6 +81,16 @@ class Architecture:
             "mlp.down_proj": (hidden, inner),
         }[name]
 
+    def linear_work(self, tokens: int, scored: int) -> int:
+        """Floating-point operations of the block linears for `tokens` tokens, `scored` of which are read.
+
+        In the last block all but the keys and values is wanted at the scored tokens alone.
+        """
+        sizes = {name: math.prod(self.linear_shape(name)) for name in BLOCK_LINEARS}
+        everywhere = sizes["self_attn.k_proj"] + sizes["self_attn.v_proj"]
+        block = sum(sizes.values())
+        return 2 * (tokens * ((self.num_hidden_layers - 1) * block + everywhere) + scored * (block - everywhere))
+
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensors of one unquantized block, named without their `model.layers.N.` prefix."""
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(BLOCK_NORMS, (self.hidden_size,))

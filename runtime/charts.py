@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from runtime.breakdown import Group
-from runtime.parity import BlockError, ParityReport
+from runtime.parity_report import BlockError, ParityReport
 from runtime.scored_pair import ScoredPair
 
 WIDTH, SQUARE, LOW = 360.0, 360.0, 250.0  # of the plots, in SVG user units; `LOW` is a height

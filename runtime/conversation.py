@@ -65,6 +65,14 @@ class PreferencePair:
     def rejected_conversation(self) -> list[Message]:
         return [*self.prompt, *self.rejected]
 
+    def to_row(self) -> dict[str, Any]:
+        """A row that `parse_row` reads as this pair; with whole conversations where it would take them for such."""
+        if any(_is_whole(self.prompt, response) for response in (self.chosen, self.rejected)):
+            row: dict[str, Any] = {"chosen": self.chosen_conversation, "rejected": self.rejected_conversation}
+        else:
+            row = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+        return row | {"category": self.category}
+
 
 def digest_messages(*parts: list[Message]) -> str:
     """Sixteen hex digits that depend on the parts' roles and contents alone."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runtime.errors import CheckpointError
 
-ALLOWED_FILES = ("*.safetensors", "*.json", "merges.txt", "*.jinja")
+ALLOWED_FILES = ("*.safetensors", "*.json", "merges.txt", "*.jinja", "parity_pairs.jsonl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 

@@ -1,240 +1,173 @@
-"""Parity of a quantized reward model with its unquantized reference, measured on preference pairs.
+"""Compare scores computed here and now with reference scores: `python -m runtime.parity MODEL`.
 
-Everything here is arithmetic on scores: no model is needed, and nothing depends on the clock, so two
-identical runs write identical reports.
+`parity` is the story; `runtime.command` handles how a run can end.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Literal
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_validator
+import numpy as np
+from pydantic import JsonValue
+from rich.console import Console
 
-from runtime.breakdown import Group, by_area, by_category, by_margin, by_style
-from runtime.errors import ConversationError, KitError, NonFiniteError
-from runtime.figures import Estimate, Figures, margins, measure_figures, proportion, spread, tidy
-from runtime.scored_pair import PairScores, ScoredPair, check_finite, scores_of
+from runtime.command import run_command
+from runtime.errors import PlanError
+from runtime.figures import spread
+from runtime.golden import PUBLISHED, GoldenResult, usual_tolerance
+from runtime.parity_arguments import parse
+from runtime.parity_pairs import FILE_NAME as PAIRS_FILE
+from runtime.parity_pairs import Selection, read_pairs, select_pairs, stored_pairs
+from runtime.parity_report import ParityReport, Thresholds, measure_parity
+from runtime.reference import FILE_NAME as REFERENCE_FILE
+from runtime.scored_pair import PairScores, Scores
+from runtime.side_by_side import Result, print_results, report_directories, summarise, write_results
+from runtime.variant import Variant, open_variants
+from runtime.variant_run import Run, Yardstick, run_variant
 
-__all__ = [
-    "BlockError",
-    "PairScores",
-    "ParityReport",
-    "ScoredPair",
-    "Subject",
-    "ThresholdResult",
-    "Thresholds",
-    "hold",
-    "measure_parity",
-    "read_report",
-]
-
-SCHEMA_VERSION = 1
-WORST_PAIRS = 10
+WAY_ON = "no report was written; the same command starts again."
 
 
-class Subject(BaseModel):
-    """What was compared with what.
-
-    `reference_dtype` is the truth in words, such as "bfloat16 weights, float32 arithmetic";
-    `group_size` is -1 where there are no groups.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    model: str
-    method: str
-    bits: int
-    bits_per_weight: float
-    group_size: int = -1
-    reference_dtype: str
-    kit_version: str
-    settings: dict[str, JsonValue] = {}
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return run_command(parse, parity, lambda _: WAY_ON, argv)
 
 
-class BlockError(BaseModel):
-    """How far one block's output is from the reference stream, and how well its linear layers were solved.
+def parity(arguments: Namespace, console: Console) -> int:
+    """The whole story: look at everything, score with the reference and each model, compare, say what came of it."""
+    # 1. Look at models, pairs and the place for reports, before anything heavy happens.
+    opened = open_variants([*arguments.models, *([arguments.reference] if arguments.reference else [])])
+    models, reference = opened[: len(arguments.models)], opened[-1] if arguments.reference else None
+    places = report_directories(arguments.output, models) if arguments.output else {}
+    selection = choose_pairs(arguments, models, reference)
 
-    `mean_error` and `max_error` are over conversations: the norm of the difference of the hidden states at
-    the scored token, relative to the reference's norm. `linear_losses` and `sqnr` (signal to quantization
-    noise, in dB; None where nothing was lost) are by linear layer.
-    """
+    # 2. Score with the reference, unless its scores are stored.
+    measured = None
+    if reference is not None:
+        console.print(f"{reference.source}: scoring {2 * len(selection.pairs):,} conversations, as the reference")
+        measured = Yardstick.measured(reference, run_variant(reference, selection, arguments))
 
-    model_config = ConfigDict(frozen=True)
+    # 3. Score with each model, one at a time in memory, and compare.
+    results = [examine(model, selection, measured, arguments, console) for model in models]
 
-    block: int
-    mean_error: float
-    max_error: float
-    linear_losses: dict[str, float] = {}
-    sqnr: dict[str, float | None] = {}
-
-    @field_validator("sqnr")
-    @classmethod
-    def _nothing_lost(cls, sqnr: dict[str, float | None]) -> dict[str, float | None]:
-        return {name: None if ratio == math.inf else ratio for name, ratio in sqnr.items()}
-
-
-class Thresholds(BaseModel):
-    """Limits a report is held to. `min_agreement` is a share of pairs, `max_shift` a mean shift in
-    standard deviations of the reference scores; None asks for nothing."""
-
-    model_config = ConfigDict(frozen=True)
-
-    min_agreement: float | None = None
-    max_shift: float | None = None
+    # 4. Say what came of it.
+    print_results(results, console)
+    if arguments.output:
+        for path in write_results(results, arguments.output, places):
+            console.print(f"wrote {path}")
+    if arguments.json:
+        print(json.dumps(summarise(results)))
+    return 0 if all(result.passed for result in results) else 1
 
 
-class ThresholdResult(BaseModel):
-    """One limit, the value held against it, and whether it was met; a value that cannot be told is not."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: Literal["min_agreement", "max_shift"]
-    limit: float
-    value: float | None
-    met: bool
-
-
-class ParityReport(BaseModel):
-    """Everything a reader needs to trust or refuse a quantized variant. Written as parity.json."""
-
-    model_config = ConfigDict(frozen=True)
-
-    schema_version: Literal[1] = 1
-    subject: Subject
-    reference_mean: float
-    reference_std: float
-    reference_accuracy: Estimate
-    figures: Figures
-    noise_floor: Figures | None
-    before_repair: Figures | None
-    by_margin: list[Group]
-    by_area: list[Group]
-    by_category: list[Group]
-    by_style: dict[str, list[Group]]
-    thresholds: list[ThresholdResult]
-    block_errors: list[BlockError]
-    repair: dict[str, JsonValue] | None
-    notes: list[str]
-    worst: list[PairScores]
-    scores: list[ScoredPair]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every threshold that was set is met."""
-        return all(threshold.met for threshold in self.thresholds)
-
-    def to_json(self) -> str:
-        """Indented JSON, ending in a newline; `read_report` reads it back unchanged."""
-        return self.model_dump_json(indent=2) + "\n"
-
-
-def measure_parity(
-    pairs: Sequence[PairScores],
-    subject: Subject,
-    *,
-    block_errors: Iterable[BlockError] = (),
-    repair: dict[str, JsonValue] | None = None,
-    notes: Iterable[str] = (),
-    thresholds: Thresholds = Thresholds(),  # noqa: B008 (frozen)
-    seed: int = 0,
-) -> ParityReport:
-    """Compare quantized with reference scores; `seed` draws the bootstrap resamples.
+def choose_pairs(arguments: Namespace, models: Sequence[Variant], reference: Variant | None) -> Selection:
+    """The pairs to compare on, which are none where golden scores alone were asked for.
 
     Raises:
-        ConversationError: there are no pairs.
-        NonFiniteError: a score or a block error is NaN or infinite.
+        PlanError: there is nothing to compare a model with, or no pairs to do it on.
+        ConversationError: the pairs cannot be read, or not one is of use.
     """
-    block_errors = list(block_errors)
-    if not pairs:
-        raise ConversationError("Parity was asked for on 0 preference pairs; give at least one.")
-    check_finite(pairs)
-    _check_blocks(block_errors)
-    reference = scores_of(pairs, "reference")
-    assert reference is not None
-    compared = {
-        run: measure_figures(reference, scores, seed)
-        for run in ("quantized", "noise_floor", "unrepaired")
-        if (scores := scores_of(pairs, run)) is not None
-    }
-    figures = compared["quantized"]
-    return ParityReport(
-        subject=subject,
-        reference_mean=tidy(reference.mean()) or 0.0,
-        reference_std=tidy(spread(reference)) or 0.0,
-        reference_accuracy=proportion(int((margins(reference) > 0).sum()), len(pairs)),
-        figures=figures,
-        noise_floor=compared.get("noise_floor"),
-        before_repair=compared.get("unrepaired"),
-        by_margin=by_margin(pairs),
-        by_area=by_area(pairs),
-        by_category=by_category(pairs),
-        by_style=by_style(pairs),
-        thresholds=hold(figures, thresholds),
-        block_errors=block_errors,
-        repair=repair,
-        notes=list(notes),
-        worst=worst_pairs(pairs),
-        scores=[pair.without_texts() for pair in pairs],
+    paths = arguments.pairs or stored_pairs(models)
+    if not paths and arguments.golden and reference is None:
+        if not any(model.golden for model in models):
+            names = ", ".join(model.label for model in models)
+            raise PlanError(f"{GoldenResult(model=names).sentence()}; compare on --pairs.")
+        return Selection([], {}, {})
+    if not paths:
+        raise PlanError(f"no --pairs were given, and no model has a {PAIRS_FILE} beside it; name a file of pairs.")
+    for model in models:
+        if reference is None and model.stored is None:
+            raise PlanError(
+                f"{model.checkpoint.directory} has no {REFERENCE_FILE}, which quantizing writes; name a --reference to "
+                f"compare {model.label} with."
+            )
+    return select_pairs(read_pairs(paths), models, reference)
+
+
+def examine(
+    model: Variant, selection: Selection, measured: Yardstick | None, arguments: Namespace, console: Console
+) -> Result:
+    """Score with one model, and hold its scores against the reference's and the published ones."""
+    has_golden = arguments.golden and model.golden is not None
+    if not selection.pairs and not has_golden:
+        return Result(model, None, GoldenResult(model=model.label))
+    console.print(f"{model.label}: scoring {2 * (len(selection.pairs) + has_golden):,} conversations")
+    run = run_variant(model, selection, arguments, golden=has_golden)
+    golden = judge(model, run, arguments.tolerance) if arguments.golden else None
+    if not selection.pairs:
+        return Result(model, None, golden)
+    yardstick = measured or Yardstick.stored(model, selection)
+    return Result(model, compare(model, run, yardstick, selection, golden, arguments), golden)
+
+
+def judge(model: Variant, run: Run, tolerance: float | None) -> GoldenResult:
+    """Hold the model card's example against its published scores, where there are any for this model."""
+    if model.golden is None or run.golden is None:
+        return GoldenResult(model=model.label)
+    if tolerance is None:
+        tolerance = usual_tolerance(run.matmul, model.checkpoint.quantization)
+    published = PUBLISHED[model.golden]
+    return GoldenResult(
+        model=model.label, name=model.golden, published=published, scores=run.golden, tolerance=tolerance
     )
 
 
-def worst_pairs(pairs: Sequence[PairScores], count: int = WORST_PAIRS) -> list[PairScores]:
-    """Disagreements first, then by how much the margin moved; pairs that did not move are left out."""
-
-    def move(pair: PairScores) -> float:
-        return abs(pair.quantized_margin - pair.reference_margin)
-
-    moved = [pair for pair in pairs if move(pair) > 0]
-    return sorted(moved, key=lambda pair: (pair.agrees, -move(pair)))[:count]
-
-
-def read_report(path: str | Path) -> ParityReport:
-    """Read a parity.json.
-
-    Raises:
-        KitError: the file is not a parity report, or of a schema version that this kit does not read.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_bytes())
-        version = content["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise KitError(f"{path} is no parity report ({error!r}); name a parity.json of this kit.") from error
-    if version != SCHEMA_VERSION:
-        raise KitError(f"{path}: schema_version is {version!r}, this kit reads {SCHEMA_VERSION}; measure parity again.")
-    try:
-        return ParityReport.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(map(str, fault["loc"]))
-        raise KitError(f"{path}: {place}: {fault['msg']}; measure parity again.") from error
-
-
-def _check_blocks(block_errors: Sequence[BlockError]) -> None:
-    for each in block_errors:
-        numbers = {"mean_error": each.mean_error, "max_error": each.max_error}
-        numbers |= {f"loss of {name}": loss for name, loss in each.linear_losses.items()}
-        numbers |= {f"SQNR of {name}": ratio for name, ratio in each.sqnr.items() if ratio is not None}
-        for name, value in numbers.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"Block {each.block}: {name} is {value}; quantize that block again with more damping."
-                )
+def compare(
+    model: Variant,
+    run: Run,
+    yardstick: Yardstick,
+    selection: Selection,
+    golden: GoldenResult | None,
+    arguments: Namespace,
+) -> ParityReport:
+    """The parity report of one model on the selected pairs."""
+    floors: Sequence[Scores | None] = yardstick.noise_floor or [None] * len(selection.pairs)
+    pairs = [
+        PairScores(
+            id=pair.id,
+            category=pair.category,
+            prompt=pair.prompt,
+            chosen=pair.chosen,
+            rejected=pair.rejected,
+            reference=reference,
+            quantized=scores,
+            noise_floor=floor,
+        )
+        for pair, reference, scores, floor in zip(selection.pairs, yardstick.scores, run.scores, floors, strict=True)
+    ]
+    here: dict[str, JsonValue] = {"devices": arguments.devices, "arithmetic": run.arithmetic}
+    here["token_budget"] = run.token_budget
+    golden_notes = [golden.sentence()] if golden else []
+    return measure_parity(
+        pairs,
+        model.subject(yardstick.name, yardstick.dtype, {"here": here}),
+        notes=[*selection.notes[model.label], *_stranger(model, yardstick), *_drift(model, pairs), *golden_notes],
+        thresholds=Thresholds(min_agreement=arguments.min_agreement, max_shift=arguments.max_shift),
+    )
 
 
-def hold(figures: Figures, thresholds: Thresholds) -> list[ThresholdResult]:
-    """Each limit that is set, and whether the figures meet it."""
-    results = []
-    if (limit := thresholds.min_agreement) is not None:
-        value = figures.agreement.value
-        met = value is not None and value >= limit
-        results.append(ThresholdResult(name="min_agreement", limit=limit, value=value, met=met))
-    if (limit := thresholds.max_shift) is not None:
-        value = figures.mean_shift.value
-        met = value is not None and value <= limit
-        results.append(ThresholdResult(name="max_shift", limit=limit, value=value, met=met))
-    return results
+def _stranger(model: Variant, yardstick: Yardstick) -> list[str]:
+    if model.stored is None or model.stored.fingerprint == yardstick.fingerprint:
+        return []
+    return [f"it was made from {model.stored.model}, which is not the checkpoint it is compared with here"]
+
+
+def _drift(model: Variant, pairs: Sequence[PairScores]) -> list[str]:
+    """How far scores are from those of the same model when it was quantized, on another machine perhaps."""
+    then = {pair.id: pair.quantized for pair in model.report.scores} if model.report else {}
+    both = [(pair.quantized, then[pair.id]) for pair in pairs if pair.id in then]
+    unit = spread(np.array([pair.reference for pair in pairs]))
+    if not both or not unit:
+        return []
+    here, before = np.array(both).swapaxes(0, 1)
+    return [
+        f"its scores are within {np.abs(here - before).max() / unit:.2g} sd of those in its own parity.json, "
+        f"on {len(both):,} pairs"
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from runtime.architecture import BLOCK_LINEARS
+from runtime.architecture import BLOCK_LINEARS, Architecture
 from runtime.errors import CheckpointError
 
 Method = Literal["gptq", "nf4", "int8"]
@@ -115,6 +115,20 @@ class Quantization:
                 "weight_format": (torch.uint8, ()),
             }
         return tensors | ({"bias": (None, (out_features,))} if bias else {})
+
+    def linear_bytes(self, out_features: int, in_features: int) -> int:
+        """Stored bytes of one linear, without its bias and what is no number."""
+        return sum(
+            dtype.itemsize * torch.Size(shape).numel()
+            for dtype, shape in self.linear_tensors(out_features, in_features, bias=False).values()
+            if dtype is not None and shape is not None
+        )
+
+    def bits_per_weight(self, architecture: Architecture) -> float:
+        """Stored bits per weight of the block linears, scales and zeros included."""
+        shapes = [architecture.linear_shape(name) for name in BLOCK_LINEARS]
+        weights = sum(out_features * in_features for out_features, in_features in shapes)
+        return 8 * sum(self.linear_bytes(*shape) for shape in shapes) / weights
 
     def groups(self, in_features: int) -> int:
         """Scales per output row; the last group may be shorter than the others."""

@@ -47,8 +47,10 @@ class ReferenceScores:
             content = json.loads(path.read_text())
             if content.pop("schema") != SCHEMA:
                 raise ValueError(f"schema {SCHEMA} was expected")
-            return cls(**content)
+            stored = cls(**content)
+            stored.scores = {key: float(score) for key, score in stored.scores.items()}
+            return stored
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read: {error}; quantize again, or name a --reference checkpoint."
+                f"{path} cannot be read: {error}; quantize again, or remove it and name a --reference."
             ) from error

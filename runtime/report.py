@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from runtime import charts, summary
 from runtime.files import write_whole
-from runtime.parity import BlockError, ParityReport
+from runtime.parity_report import BlockError, ParityReport
 
 JSON_FILE, HTML_FILE, JUNIT_FILE = "parity.json", "parity.html", "parity.junit.xml"
 

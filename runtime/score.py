@@ -1,23 +1,22 @@
 """Score a file of rows: `python -m runtime.score pairs.jsonl --model DIR --output scores.jsonl`.
 
-`main` handles how a run can end; `score` is the story.
+`score` is the story; `runtime.command` handles how a run can end.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
 from runtime.checkpoint import Checkpoint, open_checkpoint
-from runtime.errors import MENDABLE, ConversationError, KitError, NonFiniteError
+from runtime.command import run_command
+from runtime.errors import ConversationError, NonFiniteError
+from runtime.machine_arguments import load_scorer
 from runtime.scorable import Scorable
 from runtime.score_arguments import parse
 from runtime.score_file import ScoreFile
@@ -29,30 +28,11 @@ from runtime.standard_output import StandardOutput
 from runtime.written import Written
 
 WINDOW_BUDGETS = 4
-BROKEN_PIPE = 141  # what a shell reports of a process that SIGPIPE ended
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        arguments = parse(argv)
-        try:
-            return score(arguments, console)
-        except KeyboardInterrupt:
-            console.print(f"stopped; {way_on(arguments)}")
-            return 130
-    except KitError as error:
-        console.print(f"error: {error}")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
-        return BROKEN_PIPE
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
-        console.print(f"error: {error}")
-    return 2
+    return run_command(parse, score, way_on, argv)
 
 
 def score(arguments: Namespace, console: Console) -> int:
@@ -70,8 +50,7 @@ def score(arguments: Namespace, console: Console) -> int:
             rows.skip(earlier, output.written.input)
 
         # 2. Load the model.
-        chosen = {} if arguments.token_budget is None else {"token_budget": arguments.token_budget}
-        scorer = Scorer.from_pretrained(model, devices=arguments.devices, dtype=arguments.dtype, **chosen)
+        scorer = load_scorer(model, arguments)
 
         # 3. Score window by window; each counts once it is on disk.
         total = rows.count() if console.is_terminal else None
@@ -183,10 +162,6 @@ def way_on(arguments: Namespace) -> str:
 def _shows_rows(arguments: Namespace) -> bool:
     """Whether the rows themselves appear on the terminal, where a progress line would cut into them."""
     return arguments.output is None and sys.stdout.isatty()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

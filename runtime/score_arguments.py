@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from runtime.errors import PlanError
+from runtime.machine_arguments import add_machine, check_machine
 from runtime.score_formats import SUFFIXES
 
 DESCRIPTION = """\
@@ -55,8 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise PlanError("--resume was given without --output; name the file to go on with.")
     if arguments.output is not None and arguments.output.suffix not in SUFFIXES:
         raise PlanError(f"--output is {arguments.output}; a name that ends in {', '.join(SUFFIXES)} was expected.")
-    if arguments.token_budget is not None and arguments.token_budget < 1:
-        raise PlanError(f"--token-budget is {arguments.token_budget}; at least 1 was expected.")
+    check_machine(arguments)
     return arguments
 
 
@@ -102,17 +102,4 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="a directory, a hub id such as Qwen/WorldPM-72B, or `demo` (default)")
-    group.add_argument("--devices", default="auto", metavar="NAMES", help="auto (default), cpu, or cuda:0 and so on")
-    group.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="inputs of matrix products (default: float32 on cpu, bfloat16 on cuda)",
-    )
-    group.add_argument(
-        "--token-budget",
-        type=int,
-        metavar="N",
-        help="tokens computed at once (default: the scorer's choice); four times as many are read, scored and "
-        "written at a time, which is what a kill may cost",
-    )
+    add_machine(group, "; four times as many are read, scored and written at a time, which is what a kill may cost")

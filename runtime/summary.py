@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from runtime.figures import Estimate, Figures
-from runtime.parity import ParityReport, Subject, ThresholdResult
+from runtime.parity_report import ParityReport, Subject, ThresholdResult
 
 # The rule of thumb behind a verdict, unless thresholds were set. A variant is never held to more than the
 # unquantized model reaches in plain bf16, which people run without a second thought.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.parity import PairScores, Subject
+from runtime.parity_report import PairScores, Subject
 
 SUBJECT = Subject(
     model="tiny",

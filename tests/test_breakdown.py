@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from runtime.breakdown import length_style, markdown_style
-from runtime.parity import measure_parity
+from runtime.parity_report import measure_parity
 from tests.scored import SUBJECT, pair, random_pairs
 
 

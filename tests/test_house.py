@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from quantize.arguments import parse
 from quantize.inputs import plan_without_weights
 from quantize.plan_table import plan_rows
-from runtime import score_arguments
+from runtime import bench_arguments, parity_arguments, score_arguments
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -269,6 +269,14 @@ def test_readme_scoring_commands_are_understood():
     assert len(commands) >= 2
     for command in commands:
         score_arguments.parse(shlex.split(command))
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("parity", parity_arguments), ("bench", bench_arguments)])
+def test_readme_runtime_commands_are_understood(name, arguments):
+    commands = re.findall(rf"runtime\.{name} (.*)", "\n".join(blocks("bash")))
+    assert commands
+    for command in commands:
+        arguments.parse(shlex.split(command))
 
 
 def test_readme_plan_is_current(monkeypatch: pytest.MonkeyPatch):

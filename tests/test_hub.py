@@ -18,7 +18,8 @@ def test_a_hub_id_downloads_weights_and_json_only(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     checkpoint = open_checkpoint("Qwen/WorldPM-72B")
     assert checkpoint.name == asked["model_id"] == "Qwen/WorldPM-72B"
-    assert asked["allow"] == ["*.safetensors", "*.json", "merges.txt", "*.jinja"] and asked["ignore"] == ["*/*"]
+    assert asked["allow"] == ["*.safetensors", "*.json", "merges.txt", "*.jinja", "parity_pairs.jsonl"]
+    assert asked["ignore"] == ["*/*"]
     read_architecture("Qwen/WorldPM-72B")
     assert asked["allow"] == ["config.json"]
 

@@ -1,125 +1,318 @@
-"""The report: what it refuses, holds, and reads back."""
+"""The command from end to end on a tiny model: what it compares with, what it writes and says, how it ends."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from runtime.errors import ConversationError, KitError, NonFiniteError
-from runtime.parity import BlockError, ParityReport, Thresholds, measure_parity, read_report
-from runtime.summary import verdict
-from tests.scored import SUBJECT, pair, random_pairs
+from runtime.conversation import parse_row
+from runtime.golden import CONVERSATIONS, PUBLISHED
+from runtime.parity import main
+from runtime.parity_arguments import parse
+from runtime.parity_report import read_report
+from runtime.scorer import Scorer
+from tests.tiny_job import PAIRS, ROWS, digests, quantize, write_job_model, write_pairs
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = PUBLISHED["Qwen/WorldPM-72B"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A tiny model, 40 pairs, and the model packed in two ways."""
+    place = tmp_path_factory.mktemp("parity")
+    write_job_model(place / "model")
+    write_pairs(place / "pairs.jsonl")
+    for bits in ("4", "8"):
+        assert quantize(place / "model", place / "pairs.jsonl", place / f"q{bits}", "--bits", bits) == 0
+    return place
+
+
+def compare(place: Path, *more: str | Path, pairs: bool = True) -> int:
+    """Run the command in fp32 on the CPU; its exit status."""
+    given = ["--pairs", place / "pairs.jsonl"] if pairs else []
+    return main([*map(str, more), *map(str, given), "--devices", "cpu", "--dtype", "float32"])
+
+
+def figures(capfd) -> list[dict]:
+    """What `--json` printed of each model."""
+    return json.loads(capfd.readouterr().out.splitlines()[-1])["models"]
+
+
+# ---- what it compares with ------------------------------------------------------------------------------
+
+
+def test_stored_scores_give_the_report_that_quantizing_gave(place, capfd, tmp_path):
+    assert compare(place, place / "q4", "--json", "--output", tmp_path) == 0
+    (found,) = figures(capfd)
+    then, now = read_report(place / "q4" / "parity.json"), read_report(tmp_path / "parity.json")
+    assert {pair.id: pair.reference for pair in now.scores} == {pair.id: pair.reference for pair in then.scores}
+    assert {pair.id: pair.noise_floor for pair in now.scores} == {pair.id: pair.noise_floor for pair in then.scores}
+    before = {pair.id: pair.quantized for pair in then.scores}
+    for pair in now.scores:
+        assert pair.quantized == pytest.approx(before[pair.id], abs=1e-4)
+    assert found["figures"]["agreement"] == then.figures.agreement.model_dump()
+    assert now.figures.mean_shift.value == pytest.approx(then.figures.mean_shift.value, abs=1e-4)
+    assert (now.subject.model, now.subject.reference) == ("q4", "model")
+    assert now.subject.reference_dtype == then.subject.reference_dtype
+    assert now.subject.settings["scored_share"] == then.subject.settings["scored_share"]
+    assert now.subject.settings["here"] == {"devices": "cpu", "arithmetic": "float32", "token_budget": 2048}
+    notes = " ".join(now.notes)
+    assert f"{40 - PAIRS - ROWS // 2} of 40 pairs are left out: no reference scores are stored" in notes
+    within = float(re.search(r"within (\S+) sd of those in its own parity.json, on 10 pairs", notes)[1])
+    assert within < 1e-4
+
+
+def test_the_pairs_beside_a_model_do_where_none_are_given(place, tmp_path, capfd):
+    assert compare(place, place / "q4", place / "q8", "--json", pairs=False) == 0
+    alone = figures(capfd)
+    assert compare(place, place / "q4", place / "q8", "--json") == 0
+    for found, expected in zip(alone, figures(capfd), strict=True):
+        for name in ("agreement", "mean_shift", "max_shift", "spearman"):
+            assert found["figures"][name]["value"] == pytest.approx(expected["figures"][name]["value"], abs=1e-5)
+    assert not any("left out" in note for each in alone for note in each["notes"])
+    bare = shutil.copytree(place / "q8", tmp_path / "bare")
+    (bare / "parity_pairs.jsonl").unlink()
+    assert compare(place, bare, place / "q4", pairs=False) == 0  # those of another do, too
+    assert compare(place, bare, pairs=False) == 2
+
+
+def test_a_model_that_changed_since_it_was_quantized_is_found_out(place, tmp_path, capfd):
+    changed = shutil.copytree(place / "q4", tmp_path / "q4")
+    head = next(path for path in changed.glob("*.safetensors") if "score.2.weight" in load_file(path))
+    tensors = load_file(head)
+    tensors["score.2.weight"] = tensors["score.2.weight"] * 2
+    save_file(tensors, head, metadata={"format": "pt"})
+    assert compare(place, changed, "--max-shift", "0.4", "--json") == 1
+    (found,) = figures(capfd)
+    assert float(re.search(r"within (\S+) sd", " ".join(found["notes"]))[1]) > 0.5
+
+
+def test_a_reference_is_scored_here(place, capfd):
+    assert compare(place, place / "q4", place / "model", "--reference", place / "model", "--json") == 0
+    packed, itself = figures(capfd)
+    pairs = [parse_row(json.loads(line)) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    assert packed["figures"]["pairs"] == itself["figures"]["pairs"] == len(pairs) - ROWS // 2
+    assert itself["figures"]["max_shift"]["value"] == 0 and itself["figures"]["agreement"]["value"] == 1
+    assert itself["subject"]["method"] == "unquantized" and itself["subject"]["bits"] == 16
+    assert packed["subject"]["reference_dtype"] == "bfloat16 weights, float32 arithmetic"
+    assert 0 < packed["figures"]["mean_shift"]["value"] < 1
+
+
+def test_another_reference_than_the_one_it_was_made_from_is_told(place, tmp_path, capfd):
+    write_job_model(tmp_path / "stranger", seed=1)
+    assert compare(place, place / "q4", "--reference", tmp_path / "stranger", "--json") == 0
+    (found,) = figures(capfd)
+    assert "it was made from model, which is not the checkpoint it is compared with here" in found["notes"]
+    assert found["figures"]["pearson"]["value"] < 0.9
+
+
+def test_without_its_own_report_it_is_described_by_its_config(place, tmp_path, capfd):
+    bare = shutil.copytree(place / "q8", tmp_path / "bare")
+    own = read_report(bare / "parity.json").subject
+    (bare / "parity.json").unlink()
+    assert compare(place, bare, "--json") == 0
+    (found,) = figures(capfd)
+    assert found["figures"]["pairs"] == PAIRS + ROWS // 2  # which of them were calibrated on is not known now
+    shown = found["subject"]
+    assert (shown["method"], shown["bits"], shown["group_size"]) == (own.method, own.bits, own.group_size)
+    assert shown["bits_per_weight"] == own.bits_per_weight
+
+
+# ---- golden scores --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(place, tmp_path) -> Path:
+    """The tiny model under the 72B's name."""
+    return shutil.copytree(place / "model", tmp_path / "WorldPM-72B")
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, model: Path, off: float) -> None:
+    """Make what the tiny model gives, but for `off`, the published scores."""
+    good, bad = Scorer.from_pretrained(model, devices="cpu", dtype="float32").score(CONVERSATIONS).tolist()
+    monkeypatch.setitem(PUBLISHED, "Qwen/WorldPM-72B", (good + off, bad))
 
 
 @pytest.mark.parametrize(
-    ("reference", "quantized", "agrees", "flipped"),
-    [
-        ((2, 1), (1, 0), True, False),
-        ((2, 1), (1, 2), False, True),
-        ((2, 1), (1, 1), False, False),
-        ((1, 1), (1, 2), False, False),
-        ((1, 1), (2, 2), True, False),
-    ],
+    ("off", "more", "status"), [(9e-4, (), 0), (2e-3, (), 1), (2e-3, ("--tolerance", "0.01"), 0), (-2e-3, (), 1)]
 )
-def test_ties_agree_only_with_ties(reference, quantized, agrees, flipped):
-    found = pair(reference, quantized)
-    figures = measure_parity([found], SUBJECT).figures
-    assert (found.agrees, found.flipped) == (agrees, flipped)
-    assert (figures.agreement.value, figures.flips) == (agrees, flipped)
+def test_golden_scores_pass_or_fail(place, named, monkeypatch, capfd, off, more, status):
+    publish(monkeypatch, named, off)
+    assert compare(place, named, "--golden", *more, "--json", pairs=False) == status
+    said = capfd.readouterr()
+    (found,) = json.loads(said.out)["models"]
+    assert found["golden"]["met"] == found["passed"] == (status == 0) and found["figures"] is None
+    assert found["golden"]["difference"] == pytest.approx(abs(off), abs=1e-5)
+    assert f"golden scores of Qwen/WorldPM-72B: {'FAIL' if status else 'pass'}" in said.err
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("run", ["reference", "quantized", "noise_floor", "unrepaired"])
-def test_scores_that_are_no_numbers_are_refused_by_pair_and_run(run, value):
-    runs = {"reference": (1.0, 0.0), "quantized": (1.0, 0.0), run: (0.0, value)}
-    with pytest.raises(NonFiniteError, match=f"Pair bad .*{run}"):
-        measure_parity([pair((1, 0), (1, 0)), pair(id="bad", **runs)], SUBJECT)
+def test_the_published_scores_are_not_a_random_model_s(place, named):
+    assert compare(place, named, "--golden", pairs=False) == 1
 
 
-def test_block_errors_that_are_no_numbers_are_refused_but_lossless_layers_are_not():
-    lossless = BlockError(block=0, mean_error=0, max_error=0, sqnr={"q_proj": np.inf})
-    assert measure_parity([pair((1, 0), (1, 0))], SUBJECT, block_errors=[lossless]).block_errors[0].sqnr == {
-        "q_proj": None
-    }
-    broken = BlockError(block=7, mean_error=0, max_error=0, linear_losses={"up_proj": np.nan})
-    with pytest.raises(NonFiniteError, match="Block 7: loss of up_proj is nan"):
-        measure_parity([pair((1, 0), (1, 0))], SUBJECT, block_errors=[broken])
+def test_a_packed_model_is_held_to_its_original_s_golden_scores(place, named, tmp_path, monkeypatch, capfd):
+    publish(monkeypatch, named, 0)
+    assert quantize(named, place / "pairs.jsonl", tmp_path / "small", "--bits", "8") == 0
+    capfd.readouterr()
+    assert compare(place, tmp_path / "small", "--golden", "--json", "--output", tmp_path / "report") == 0
+    (found,) = figures(capfd)
+    assert found["golden"]["name"] == "Qwen/WorldPM-72B" and found["golden"]["tolerance"] == 0.15
+    assert 0 < found["golden"]["difference"] < 0.15
+    assert found["figures"]["pairs"] == PAIRS  # and compared on the pairs, of which the two are none
+    assert "golden scores of Qwen/WorldPM-72B: pass" in read_report(tmp_path / "report" / "parity.json").notes[-1]
 
 
-def test_no_pairs_are_refused():
-    with pytest.raises(ConversationError, match="0 preference pairs"):
-        measure_parity([], SUBJECT)
+def test_no_golden_scores_are_published_for_other_models(place, named, tmp_path, monkeypatch, capfd):
+    publish(monkeypatch, named, 0)
+    tuned = shutil.copytree(place / "model", tmp_path / "WorldPM-72B-HelpSteer2")
+    assert compare(place, tuned, named, "--golden", pairs=False) == 0
+    said = capfd.readouterr().err
+    assert "WorldPM-72B-HelpSteer2: golden scores: none are published for WorldPM-72B-HelpSteer2" in said
+    assert "WorldPM-72B-HelpSteer2: scoring" not in said
+    assert compare(place, tuned, "--golden", pairs=False) == 2
+    assert "none are published for WorldPM-72B-HelpSteer2, only for Qwen/WorldPM-72B" in capfd.readouterr().err
 
 
-def test_the_worst_pairs_are_disagreements_first_then_by_movement():
-    pairs = [
-        pair((1, 0), (1, 0), id="still"),
-        pair((3, 0), (1, 0), id="moved most"),
-        pair((0.1, 0), (0, 0.1), id="small flip"),
-        pair((1, 0), (0, 1), id="large flip"),
-    ]
-    report = measure_parity(pairs, SUBJECT)
-    assert [each.id for each in report.worst] == ["large flip", "small flip", "moved most"]
-    assert len(measure_parity(random_pairs(30), SUBJECT).worst) == 10
+# ---- several models, and what is written ----------------------------------------------------------------
+
+
+def test_several_models_stand_side_by_side(place, tmp_path, capfd):
+    assert compare(place, place / "q4", place / "q8", place / "q4", "--output", tmp_path / "reports") == 0
+    table = capfd.readouterr().err
+    assert re.search(r"figure\s+┃ q4\s+┃ q8\s+┃ q4-2", table)
+    assert re.search(r"Reference\s+│ model\s+│ model\s+│ model", table)
+    summary = json.loads((tmp_path / "reports" / "side_by_side.json").read_text())
+    assert [each["model"] for each in summary["models"]] == ["q4", "q8", "q4-2"] and summary["passed"]
+    for each in summary["models"]:
+        directory = tmp_path / "reports" / each["model"]
+        assert {path.name for path in directory.iterdir()} == {"parity.html", "parity.json", "parity.junit.xml"}
+        assert read_report(directory / "parity.json").figures.model_dump() == each["figures"]
+    four, eight, again = (each["figures"]["mean_shift"]["value"] for each in summary["models"])
+    assert eight < four == again
 
 
 @pytest.mark.parametrize(
-    ("limits", "met"),
+    ("more", "status", "met"),
     [
-        ({}, []),
-        ({"min_agreement": 0.75}, [True]),
-        ({"min_agreement": 0.76}, [False]),
-        ({"max_shift": 0.5}, [True]),
-        ({"min_agreement": 0.5, "max_shift": 0.0}, [True, False]),
+        (("--min-agreement", "0", "--max-shift", "99"), 0, [True, True]),
+        (("--max-shift", "0.05"), 1, [False, True]),
+        (("--min-agreement", "1.01"), 1, [False, False]),
     ],
 )
-def test_thresholds(limits, met):
-    pairs = [pair((1, 0), (1, 0))] * 3 + [pair((1, 0), (0, 1))]
-    report = measure_parity(pairs, SUBJECT, thresholds=Thresholds(**limits))
-    assert [threshold.met for threshold in report.thresholds] == met
-    assert report.passed == all(met)
-    assert verdict(report).grade == ("unknown" if not met else "good" if all(met) else "poor")
+def test_thresholds_set_the_exit_status_of_all(place, capfd, more, status, met):
+    assert compare(place, place / "q4", place / "q8", *more, "--json") == status
+    summary = json.loads(capfd.readouterr().out)
+    assert [each["passed"] for each in summary["models"]] == met and summary["passed"] == (status == 0)
 
 
-def test_a_shift_that_cannot_be_told_meets_no_threshold():
-    report = measure_parity([pair((1, 1), (1, 1))], SUBJECT, thresholds=Thresholds(max_shift=1))
-    assert report.figures.mean_shift.value is None and not report.passed
+def test_nothing_is_written_unless_asked_and_never_into_a_checkpoint(place, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = digests(place / "q4")
+    assert compare(place, place / "q4") == 0
+    assert list(tmp_path.iterdir()) == [] and digests(place / "q4") == before
+    monkeypatch.setattr(Scorer, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for models, output in ((["q4"], place / "q4"), (["q4", "q8"], place), (["q4", "q8"], place / "q4")):
+        assert compare(place, *(place / model for model in models), "--output", output) == 2
+        assert "holds a checkpoint, whose own parity.json would be lost" in capfd.readouterr().err
+    assert compare(place, place / "q4", "--output", place / "pairs.jsonl") == 2
+    assert "pairs.jsonl is a file; name a directory" in capfd.readouterr().err
+    assert digests(place / "q4") == before
 
 
-def test_json_survives_the_round_trip_and_has_no_nan(tmp_path):
-    blocks = [BlockError(block=0, mean_error=0.1, max_error=0.2, sqnr={"q_proj": 20.0})]
-    for pairs in (random_pairs(20, noise=True, unrepaired=True), [pair((1, 1), (1, 1))]):
-        report = measure_parity(pairs, SUBJECT, block_errors=blocks, repair={"slope": 1.5}, notes=["cut"])
-        (tmp_path / "parity.json").write_text(report.to_json())
-        assert "NaN" not in report.to_json() and "Infinity" not in report.to_json()
-        assert read_report(tmp_path / "parity.json") == report
+# ---- how it ends ----------------------------------------------------------------------------------------
 
 
-def test_identical_runs_give_identical_bytes_and_the_seed_matters():
-    reports = [measure_parity(random_pairs(20), SUBJECT, seed=seed).to_json() for seed in (0, 0, 1)]
-    assert reports[0] == reports[1] != reports[2]
+@pytest.mark.parametrize(
+    ("more", "pairs", "message"),
+    [
+        (("model",), False, "no --pairs were given, and no model has a parity_pairs.jsonl beside it"),
+        (("model",), True, "has no reference_scores.json, which quantizing writes; name a --reference"),
+        (("nowhere",), True, "nowhere does not exist"),
+        (("q4", "--reference", "nowhere"), True, "nowhere does not exist"),
+        (("model", "--reference", "model", "--golden"), False, "no --pairs were given"),
+        (("q4", "--tolerance", "1"), True, "--tolerance was given without --golden"),
+        (("q4", "--token-budget", "0"), True, "--token-budget is 0"),
+        (("q4", "--pairs", "nothing.jsonl"), False, "nothing.jsonl cannot be read: No such file"),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_a_model_is_loaded(place, monkeypatch, capfd, more, pairs, message):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(Scorer, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert compare(place, *more, pairs=pairs) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ") and message in said
 
 
-def test_only_the_schema_version_of_this_kit_is_read(tmp_path):
-    path = tmp_path / "parity.json"
-    content = json.loads(measure_parity(random_pairs(3), SUBJECT).to_json())
-    assert content["schema_version"] == 1
-    for fault, damaged in {
-        "schema_version is 2": content | {"schema_version": 2},
-        "figures: ": content | {"figures": None},
-        "no parity report": {"scores": []},
-    }.items():
-        path.write_text(json.dumps(damaged))
-        with pytest.raises(KitError, match=fault):
-            read_report(path)
-    path.write_text("{")
-    with pytest.raises(KitError, match="no parity report"):
-        read_report(path)
+def test_damaged_reference_scores_are_told(place, tmp_path, capfd):
+    damaged = shutil.copytree(place / "q4", tmp_path / "damaged")
+    content = json.loads((damaged / "reference_scores.json").read_text())
+    for broken in ('{"schema": 1', json.dumps(content | {"scores": dict.fromkeys(content["scores"], "much")})):
+        (damaged / "reference_scores.json").write_text(broken)
+        assert compare(place, damaged) == 2
+        assert "reference_scores.json cannot be read" in capfd.readouterr().err
 
 
-def test_a_report_is_frozen():
-    report: ParityReport = measure_parity(random_pairs(3), SUBJECT)
-    with pytest.raises(ValueError, match="frozen"):
-        report.notes = []  # type: ignore[misc]
+def test_a_model_that_overflows_is_named(place, tmp_path, capfd):
+    damaged = shutil.copytree(place / "model", tmp_path / "damaged")
+    shard = next(
+        path for path in damaged.glob("*.safetensors") if "model.layers.1.mlp.down_proj.weight" in load_file(path)
+    )
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert compare(place, damaged, "--reference", place / "model") == 2
+    assert re.search(r"error: damaged: block 1.*counted from 0, two a pair", capfd.readouterr().err)
+
+
+def test_the_scorer_gets_what_was_asked_for(place, monkeypatch):
+    asked = []
+    real = Scorer.from_pretrained
+    monkeypatch.setattr(
+        Scorer, "from_pretrained", lambda source, **more: (asked.append((source, more)), real(source, **more))[1]
+    )
+    assert compare(place, place / "q4", "--reference", place / "model", "--token-budget", "99") == 0
+    settings = {"devices": "cpu", "dtype": "float32", "token_budget": 99}
+    assert asked == [(str(place / "model"), settings), (str(place / "q4"), settings)]
+
+
+def test_everything_of_a_model_is_scored_in_one_call(place, named, monkeypatch):
+    publish(monkeypatch, named, 0)
+    calls = []
+    monkeypatch.setattr(Scorer, "score_rendered", lambda self, all: (calls.append(len(all)), torch.randn(len(all)))[1])
+    compare(place, named, "--reference", place / "model", "--golden")
+    assert calls == [80, 82]
+
+
+def test_a_stopped_run_says_so(place):
+    os.mkfifo(place / "endless.jsonl")
+    command = [sys.executable, "-m", "runtime.parity", place / "q4", "--pairs", place / "endless.jsonl"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    with open(place / "endless.jsonl", "w"):  # opens when the command reads, and gives it nothing
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 130
+    assert process.stderr.read() == "stopped; no report was written; the same command starts again.\n"
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    for word in ("reference_scores.json", "--reference", "golden", "exit status: 0", "130", "examples:", "--max-shift"):
+        assert word in text
+    examples = re.findall(r"-m runtime\.parity (.*)$", text.partition("examples:")[2], re.MULTILINE)
+    assert len(examples) == 4
+    for example in examples:
+        parse(example.split())

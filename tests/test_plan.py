@@ -14,7 +14,7 @@ import torch
 
 from quantize.arguments import parse
 from quantize.inputs import plan_without_weights, read_inputs
-from quantize.plan import GIB, Load, Plan, check_disk, fit_memory, matmul_rate
+from quantize.plan import GIB, Load, Plan, check_disk, fit_memory
 from quantize.plan_table import plan_rows
 from runtime.architecture import Architecture
 from runtime.checkpoint import open_checkpoint
@@ -245,7 +245,3 @@ def test_a_device_that_is_not_here_is_planned_for_without_a_time(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     rows = dict(plan_rows(plan_of(device="cuda:0", matmul_bytes=2), "m", Path("out")))
     assert rows["time"].startswith("not estimated") and rows["peak on the GPU"].endswith("on cuda:0")
-
-
-def test_the_rate_is_this_machine_s():
-    assert 1e8 < matmul_rate(torch.float32, "cpu", seconds=0.01) < 1e14

@@ -1,17 +1,12 @@
-"""What a person sees while blocks are quantized, and the memory that is reported."""
+"""What a person sees while blocks are quantized."""
 
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
-from pathlib import Path
 
 from rich.console import Console
 
-from quantize.progress import BlockProgress, peak_memory
-
-ROOT = Path(__file__).parent.parent
+from quantize.progress import BlockProgress
 
 
 def watched(terminal: bool) -> str:
@@ -32,12 +27,3 @@ def test_a_terminal_shows_blocks_linear_loss_and_memory():
 
 def test_elsewhere_nothing_is_shown():
     assert watched(terminal=False) == ""
-
-
-def test_peak_memory_is_this_process_s_own():
-    """Not that of the larger process that started it, which getrusage would report."""
-    ballast = bytearray(200 << 20)
-    ballast[:: 1 << 12] = b"\1" * (200 << 8)
-    program = "from quantize.progress import peak_memory; print(peak_memory())"
-    peak = int(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT))
-    assert 5 << 20 < peak < 150 << 20 < len(ballast) < peak_memory()

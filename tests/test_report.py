@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runtime.charts import Axis, block_chart, margin_scatter, score_scatter
-from runtime.parity import (
+from runtime.parity_report import (
     BlockError,
     PairScores,
     ParityReport,

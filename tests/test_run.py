@@ -17,7 +17,7 @@ from quantize.run import main
 from runtime.architecture import BLOCK_LINEARS, HEAD_TENSORS
 from runtime.chat import Renderer
 from runtime.checkpoint import Checkpoint, open_checkpoint
-from runtime.parity import read_report
+from runtime.parity_report import read_report
 from runtime.reference import ReferenceScores
 from runtime.scorer import Scorer
 from tests.test_job import RECIPE
@@ -190,7 +190,8 @@ def test_nothing_but_the_checkpoint_its_reports_and_the_job_is_left(finished):
     assert {path.name for path in (finished / "job").iterdir()} == {"job.json", "blocks.jsonl", "lock"}
     assert set(digests(finished)) == {
         "README.md", "chat_template.jinja", "config.json", "model.safetensors.index.json", "parity.html", "parity.json",
-        "parity.junit.xml", "quantize_config.json", "reference_scores.json", "tokenizer.json", "tokenizer_config.json",
+        "parity.junit.xml", "parity_pairs.jsonl", "quantize_config.json", "reference_scores.json", "tokenizer.json",
+        "tokenizer_config.json",
         *(f"model-0000{number}-of-00005.safetensors" for number in range(1, 6)),
     }  # fmt: skip
 

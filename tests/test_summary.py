@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.parity import Thresholds, measure_parity
+from runtime.parity_report import Thresholds, measure_parity
 from runtime.summary import number, summary_table, verdict
 from tests.scored import SUBJECT, pair, random_pairs
 

@@ -1,0 +1,53 @@
+"""How every command ends: what it says then, and with which status. Its story is a function of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from types import FrameType
+
+from rich.console import Console
+
+from runtime.errors import MENDABLE, KitError
+
+STOPPED = 130
+BROKEN_PIPE = 141  # what a shell reports of a process that SIGPIPE ended
+
+
+def run_command(
+    parse: Callable[[list[str] | None], Namespace],
+    story: Callable[[Namespace, Console], int],
+    way_on: Callable[[Namespace], str],
+    argv: list[str] | None = None,
+) -> int:
+    """Run `story` on what `parse` made of the command line, and return the exit status.
+
+    What a user can mend is one line on standard error and status 2; anything else stays a traceback. A command
+    that was stopped, by Ctrl-C or SIGTERM, says what `way_on` makes of its arguments.
+    """
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        arguments = parse(argv)
+        try:
+            return story(arguments, console)
+        except KeyboardInterrupt:
+            console.print(f"stopped; {way_on(arguments)}")
+            return STOPPED
+    except KitError as error:
+        console.print(f"error: {error}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains once more at exit
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        console.print(f"error: {error}")
+    return 2
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
