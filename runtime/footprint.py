@@ -8,11 +8,11 @@ from math import prod
 
 from runtime.architecture import BLOCK_LINEARS, block_prefix
 from runtime.checkpoint import Checkpoint
+from runtime.kernels.pieces import WEIGHTS_AT_ONCE
 from runtime.numerics import Numerics
 from runtime.quantization import BLOCK_LINEAR_GROUPS
 
-# Weights that CPU kernels unpack at once, and what they hold of each meanwhile.
-_PIECES = 24 << 20
+PIECE_BYTES = 12  # what CPU kernels hold of each weight while they unpack it
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ class Footprint:
     @property
     def is_ready(self) -> bool:
         """Whether weights are stored as products take them, so that nothing is unpacked or cast."""
-        return (
-            self.checkpoint.quantization is None and self.checkpoint.architecture.dtype == self.numerics.matmul
-        )
+        return self.checkpoint.quantization is None and self.checkpoint.architecture.dtype == self.numerics.matmul
 
     @cached_property
     def stored_block(self) -> int:
@@ -63,7 +61,8 @@ class Footprint:
         """The buffer in which a weight lasts for one product."""
         if keep or self.is_ready:
             return 0
-        return max(map(self._weights, BLOCK_LINEAR_GROUPS)) * self._width + _PIECES
+        weights = max(map(self._weights, BLOCK_LINEAR_GROUPS))
+        return weights * self._width + min(weights, WEIGHTS_AT_ONCE["cpu"]) * PIECE_BYTES
 
     def activations(self, tokens: int) -> int:
         """What so many tokens take inside a block; a conversation that is longer takes more.

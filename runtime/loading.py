@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -42,7 +43,7 @@ class ShareBlocks:
         held = self._held.get(index)
         return self._build(index, self._checkpoint.read_block(index) if held is None else held)
 
-    def in_order(self) -> Iterator[tuple[int, Block]]:
+    def in_order(self) -> Generator[tuple[int, Block], None, None]:
         """All blocks, streamed ones as they are brought in. Whoever lets one go before asking for the next sees no more
         than the plan's buffers beside the resident ones."""
         streamed = [index for index in self.share.blocks if index not in self.resident]
@@ -85,11 +86,11 @@ def load_blocks(checkpoint: Checkpoint, plan: Plan, console: Console) -> list[Sh
     def place(blocks: ShareBlocks, index: int) -> None:
         blocks.resident[index] = blocks.bring(index)
 
-    work = [(hold, (index,)) for index in on_host]
-    work += [(place, (blocks, index)) for blocks in shares for index in sorted(blocks.share.resident)]
+    work: list[Callable[[], None]] = [partial(hold, index) for index in on_host]
+    work += [partial(place, blocks, index) for blocks in shares for index in sorted(blocks.share.resident)]
     with (
         _progress(console) as progress,
-        Lookahead(lambda task: task[0](*task[1]), work, depth=READERS, threads=READERS) as done,
+        Lookahead(lambda task: task(), work, depth=READERS, threads=READERS) as done,
     ):
         for _ in progress.track(done, total=len(work), description="loading"):
             pass

@@ -27,7 +27,11 @@ class Lookahead(Iterator[Result], Generic[Item, Result]):
         self._depth = depth
         self._pool = ThreadPoolExecutor(threads)
         self._pending: deque[Future[Result]] = deque()
-        self._begin(depth)
+        try:
+            self._begin(depth)
+        except BaseException:  # of one that this one is over
+            self.close()
+            raise
 
     def __enter__(self) -> Lookahead[Item, Result]:
         return self

@@ -47,7 +47,7 @@ def run_pipeline(
 
 
 def _stage(share: ShareBlocks, last: int, halt: Event) -> Callable[[Chunk], Chunk]:
-    @torch.inference_mode()
+    @torch.inference_mode()  # which belongs to a thread
     def advance(chunk: Chunk) -> Chunk:
         batch, hidden = chunk[0].to(share.device), chunk[1].to(share.device)
         for index in share.share.blocks:

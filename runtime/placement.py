@@ -174,7 +174,8 @@ def _streamed(footprint: Footprint, found: Devices, chunks: Sequence[int], force
                 nbytes = _fixed(footprint, device, tokens, False) + buffers * block
                 if nbytes > device.budget:
                     break
-                stay = 0 if forced else max(0, (device.budget - nbytes - hidden) // block)
+                left = device.budget - nbytes
+                stay = 0 if forced else (left - min(hidden, left // 2)) // block
                 resident = spread(footprint.blocks, min(stay, footprint.blocks))
                 nbytes += len(resident) * block
                 shares.append(Share(device, range(footprint.blocks), resident, nbytes, device.budget - nbytes))

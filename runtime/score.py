@@ -18,6 +18,8 @@ from rich.console import Console
 
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.errors import MENDABLE, ConversationError, KitError, NonFiniteError
+from runtime.placement import Plan, make_plan
+from runtime.placement_table import print_placement
 from runtime.scorable import Scorable
 from runtime.score_arguments import parse
 from runtime.score_file import ScoreFile
@@ -28,7 +30,6 @@ from runtime.scorer import Scorer
 from runtime.standard_output import StandardOutput
 from runtime.written import Written
 
-WINDOW_BUDGETS = 4
 BROKEN_PIPE = 141  # what a shell reports of a process that SIGPIPE ended
 
 
@@ -61,22 +62,32 @@ def score(arguments: Namespace, console: Console) -> int:
     if arguments.model is None:
         console.print("No --model given, so this is the embedded demo. The real one: --model Qwen/WorldPM-72B")
 
-    # 1. Look at model, output and input, before anything heavy happens.
+    # 1. Look at model, machine, output and input, before anything heavy happens.
     checkpoint = open_checkpoint(model)
-    with open_output(arguments, checkpoint) as output:
+    begun = recipe_begun_with(arguments)
+    plan = make_plan(
+        checkpoint,
+        devices=arguments.devices,
+        memory=arguments.memory,
+        dtype=arguments.dtype,
+        token_budget=arguments.token_budget or begun.get("token_budget"),
+        stream=arguments.stream,
+    )
+    window = begun.get("window", plan.window_tokens)
+    with open_output(arguments, checkpoint, plan, window) as output:
         rows = ScoreInput.open(arguments.file)
         if earlier := output.written.rows:
             console.print(f"resuming after row {earlier:,}")
             rows.skip(earlier, output.written.input)
 
         # 2. Load the model.
-        chosen = {} if arguments.token_budget is None else {"token_budget": arguments.token_budget}
-        scorer = Scorer.from_pretrained(model, devices=arguments.devices, dtype=arguments.dtype, **chosen)
+        print_placement(plan, console)
+        scorer = Scorer(checkpoint, plan)
 
         # 3. Score window by window; each counts once it is on disk.
         total = rows.count() if console.is_terminal else None
         with ScoreProgress(console, output.written, total, quiet=_shows_rows(arguments)) as progress:
-            score_windows(rows, scorer, output, progress, arguments)
+            score_windows(rows, window, scorer, output, progress, arguments)
 
         # 4. Make the output what it is to be.
         output.finish()
@@ -86,7 +97,13 @@ def score(arguments: Namespace, console: Console) -> int:
     return 0
 
 
-def open_output(arguments: Namespace, checkpoint: Checkpoint) -> ScoreFile | StandardOutput:
+def recipe_begun_with(arguments: Namespace) -> dict[str, Any]:
+    """What the run that is to go on was begun with: rows are grouped as then, however much memory is free now."""
+    written = Written.load(arguments.output) if arguments.resume else None
+    return written.recipe if written and written.rows else {}
+
+
+def open_output(arguments: Namespace, checkpoint: Checkpoint, plan: Plan, window: int) -> ScoreFile | StandardOutput:
     """Standard output, or the file to begin or to go on with."""
     if arguments.output is None:
         return StandardOutput()
@@ -94,17 +111,23 @@ def open_output(arguments: Namespace, checkpoint: Checkpoint) -> ScoreFile | Sta
         "model": checkpoint.fingerprint(),
         "devices": arguments.devices,
         "dtype": arguments.dtype,
-        "token_budget": arguments.token_budget,
+        "token_budget": plan.token_budget,
+        "window": window,
+        "products": "joined" if plan.stacked else "apart",
         "truncate": arguments.truncate,
     }
     return ScoreFile(arguments.output, recipe, resume=arguments.resume)
 
 
 def score_windows(
-    rows: ScoreInput, scorer: Scorer, output: ScoreFile | StandardOutput, progress: ScoreProgress, arguments: Namespace
+    rows: ScoreInput,
+    tokens: int,
+    scorer: Scorer,
+    output: ScoreFile | StandardOutput,
+    progress: ScoreProgress,
+    arguments: Namespace,
 ) -> None:
-    """Read, score and write what is left of the input."""
-    tokens = WINDOW_BUDGETS * scorer.token_budget
+    """Read, score and write what is left of the input, `tokens` tokens at a time."""
     for window in rows.windows(scorer.renderer, tokens=tokens, truncate=arguments.truncate, strict=arguments.strict):
         records = score_window(scorer, window)
         for row in window:

@@ -38,6 +38,7 @@ examples:
   python -m runtime.score pairs.jsonl --model worldpm-72b-gptq-4bit --output scores.jsonl
   python -m runtime.score pairs.jsonl --model worldpm-72b-gptq-4bit --output scores.jsonl --resume
   python -m runtime.score best-of-n.parquet --output scores.csv
+  python -m runtime.score pairs.jsonl --model WorldPM-72B --memory cpu=12GiB --stream     more model than memory
   zcat logs.jsonl.gz | python -m runtime.score - | jq .margin
 
 exit status: 0 done, rows with errors counted; 2 an error that the message explains; 130 stopped, resumable
@@ -102,7 +103,23 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="a directory, a hub id such as Qwen/WorldPM-72B, or `demo` (default)")
-    group.add_argument("--devices", default="auto", metavar="NAMES", help="auto (default), cpu, or cuda:0 and so on")
+    group.add_argument(
+        "--devices",
+        default="auto",
+        metavar="NAMES",
+        help="auto (default), cpu, or GPUs with commas between, as in cuda:0,cuda:1; each holds some of the blocks",
+    )
+    group.add_argument(
+        "--memory",
+        metavar="SIZES",
+        help="what may be used, as in cuda:0=20GiB,cpu=40GiB, where cpu is the host's (default: most of what is free); "
+        "blocks that do not fit are brought in for each window of rows",
+    )
+    group.add_argument(
+        "--stream",
+        action="store_true",
+        help="hold no block: read each from disk for each window of rows, which takes the least memory",
+    )
     group.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -113,6 +130,6 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         "--token-budget",
         type=int,
         metavar="N",
-        help="tokens computed at once (default: the scorer's choice); four times as many are read, scored and "
-        "written at a time, which is what a kill may cost",
+        help="tokens computed at once (default: by device and memory); four times as many, or more where blocks are "
+        "streamed or split, are read, scored and written at a time, which is what a kill may cost",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ class Scorer:
         numerics: Numerics = FLOAT32,
         token_budget: int | None = None,
     ):
-        """Load a checkpoint as planned; without a plan on the CPU, in `numerics` and with `token_budget` tokens at once."""
+        """Load a checkpoint as planned; without a plan, on the CPU, in `numerics` and with that token budget."""
         self.checkpoint = checkpoint
         self.plan = plan or make_plan(checkpoint, devices="cpu", dtype=numerics, token_budget=token_budget)
         self.renderer = Renderer.from_directory(checkpoint.directory, checkpoint.architecture.max_position_embeddings)
@@ -140,15 +140,13 @@ class Scorer:
     @torch.inference_mode()
     def hidden_at_scored(self, rendered: Sequence[Rendered]) -> torch.Tensor:
         """What the head starts from: the last block's hidden states [n, H] at the scored tokens."""
-        hidden = torch.empty(
-            len(rendered), self.checkpoint.architecture.hidden_size, device=self._shares[-1].device
-        )
+        hidden = torch.empty(len(rendered), self.checkpoint.architecture.hidden_size, device=self._shares[-1].device)
         with closing(self._run(rendered)) as chunks:
             for batch, rows in chunks:
                 hidden[list(batch.rows)] = rows.to(hidden.device, hidden.dtype)
         return hidden
 
-    def _run(self, rendered: Sequence[Rendered]) -> Iterator[tuple[PackedBatch, torch.Tensor]]:
+    def _run(self, rendered: Sequence[Rendered]) -> Generator[tuple[PackedBatch, torch.Tensor], None, None]:
         """Batches with their hidden states [S, H] at the scored tokens."""
         batches = pack(rendered, self.plan.chunk_tokens(sum(len(each.token_ids) for each in rendered)))
         if self.plan.placement == "streamed":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -38,7 +39,7 @@ def run_sweeps(
         for share, own in dealt:
             if own:
                 stream = _stream(share, plan, own, embedding.shape[1], files)
-                sweeps.append(lambda share=share, stream=stream: _sweep(share, stream, embedding, halt))  # type: ignore[misc]
+                sweeps.append(partial(_sweep, share, stream, embedding, halt))
         if len(sweeps) == 1:
             yield from sweeps[0]()
             return
@@ -50,11 +51,13 @@ def run_sweeps(
                 halt.set()
 
 
+@torch.inference_mode()  # which belongs to a thread
 def _sweep(
     share: ShareBlocks, stream: Stream, embedding: torch.Tensor, halt: Event
 ) -> list[tuple[PackedBatch, torch.Tensor]]:
     stream.embed(embedding)
-    outputs = sweep(stream, share.in_order(), share.share.blocks[-1], halt)
+    with closing(share.in_order()) as blocks:
+        outputs = sweep(stream, blocks, share.share.blocks[-1], halt)
     return list(zip(stream.batches, outputs, strict=True))
 
 
@@ -68,6 +71,4 @@ def _stream(
     fits_host = nbytes <= plan.host_spare // len(plan.shares)
     directory = None if fits_device or fits_host else Path(files.enter_context(TemporaryDirectory(prefix="worldpm-")))
     home = share.device if fits_device else torch.device("cpu")
-    return Stream(
-        batches, hidden_size, dtype, device=share.device, directory=directory, in_place=True, home=home
-    )
+    return Stream(batches, hidden_size, dtype, device=share.device, directory=directory, in_place=True, home=home)

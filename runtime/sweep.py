@@ -172,9 +172,7 @@ def _refuse_lost(file: Path | None, shape: tuple[int, int], dtype: torch.dtype) 
         raise JobError(f"{file} is missing or not {size} bytes long, so the job cannot go on; start it afresh.")
 
 
-def _buffer(
-    shape: tuple[int, int], dtype: torch.dtype, file: Path | None, home: torch.device | str
-) -> torch.Tensor:
+def _buffer(shape: tuple[int, int], dtype: torch.dtype, file: Path | None, home: torch.device | str) -> torch.Tensor:
     if file is None:
         return torch.empty(shape, dtype=dtype, device=home)
     count = shape[0] * shape[1]

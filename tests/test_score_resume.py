@@ -210,7 +210,7 @@ def test_sigterm_and_ctrl_c_say_how_to_go_on(tiny_checkpoint, tmp_path):
     rows, output = write_jsonl(tmp_path / "rows.jsonl", mixed_rows(600)), tmp_path / "out.jsonl"
     assert score(tiny_checkpoint, rows, "--output", tmp_path / "whole.jsonl") == 0
     command = [sys.executable, "-m", "runtime.score", rows, "--model", tiny_checkpoint, "--devices", "cpu"]
-    command += ["--token-budget", "16", "--output", output]
+    command += ["--dtype", "float32", "--token-budget", "16", "--output", output]
     for number, more in ((signal.SIGTERM, []), (signal.SIGINT, ["--resume"])):
         before = rows_written(output)
         process = subprocess.Popen([*command, *more], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)

@@ -51,7 +51,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 def score(model: Path, rows: Path | str, *more: str | Path, budget: int = 16) -> int:
     """Run the command with windows of a few rows; its exit status."""
-    common = ["--model", model, "--devices", "cpu", "--token-budget", budget]
+    common = ["--model", model, "--devices", "cpu", "--dtype", "float32", "--token-budget", budget]
     return main([str(rows), *map(str, common), *map(str, more)])
 
 
