@@ -50,12 +50,13 @@ def _stage(share: ShareBlocks, last: int, halt: Event) -> Callable[[Chunk], Chun
     @torch.inference_mode()  # which belongs to a thread
     def advance(chunk: Chunk) -> Chunk:
         batch, hidden = chunk[0].to(share.device), chunk[1].to(share.device)
-        for index in share.share.blocks:
-            if halt.is_set():
-                raise Halted
-            block = share.resident[index]
-            hidden = block.at_scored(hidden, batch) if index == last else block(hidden, batch)
-            check_finite(hidden, batch, f"block {index}", scored=index == last)
+        with share.at_work():
+            for index in share.share.blocks:
+                if halt.is_set():
+                    raise Halted
+                block = share.resident[index]
+                hidden = block.at_scored(hidden, batch) if index == last else block(hidden, batch)
+                check_finite(hidden, batch, f"block {index}", scored=index == last)
         return batch, hidden
 
     return advance

@@ -56,7 +56,7 @@ def _sweep(
     share: ShareBlocks, stream: Stream, embedding: torch.Tensor, halt: Event
 ) -> list[tuple[PackedBatch, torch.Tensor]]:
     stream.embed(embedding)
-    with closing(share.in_order()) as blocks:
+    with share.at_work(), closing(share.in_order()) as blocks:
         outputs = sweep(stream, blocks, share.share.blocks[-1], halt)
     return list(zip(stream.batches, outputs, strict=True))
 
