@@ -5,13 +5,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.errors import PlanError
+from runtime.placement import Plan, make_plan
 from runtime.scorer import Scorer
 
 
 def add_machine(group: argparse._ArgumentGroup, budget_remark: str = "") -> None:
-    """Add `--devices`, `--dtype` and `--token-budget`; `budget_remark` ends the help of the last."""
-    group.add_argument("--devices", default="auto", metavar="NAMES", help="auto (default), cpu, or cuda:0 and so on")
+    """Add `--devices` to `--token-budget`; `budget_remark` ends the help of the last."""
+    group.add_argument(
+        "--devices",
+        default="auto",
+        metavar="NAMES",
+        help="auto (default), cpu, or GPUs with commas between, as in cuda:0,cuda:1; each holds some of the blocks",
+    )
+    group.add_argument(
+        "--memory",
+        metavar="SIZES",
+        help="what may be used, as in cuda:0=20GiB,cpu=40GiB, where cpu is the host's (default: most of what is free); "
+        "blocks that do not fit are brought in whenever they are needed",
+    )
+    group.add_argument(
+        "--stream",
+        action="store_true",
+        help="hold no block: read each from disk whenever it is needed, which takes the least memory",
+    )
     group.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -23,7 +41,7 @@ def add_machine(group: argparse._ArgumentGroup, budget_remark: str = "") -> None
         "--token-budget",
         type=int,
         metavar="N",
-        help=f"tokens computed at once (default: the scorer's choice){budget_remark}",
+        help=f"tokens computed at once (default: by device and memory){budget_remark}",
     )
 
 
@@ -33,7 +51,19 @@ def check_machine(arguments: argparse.Namespace) -> None:
         raise PlanError(f"--token-budget is {arguments.token_budget}; at least 1 was expected.")
 
 
+def plan_scorer(checkpoint: Checkpoint, arguments: argparse.Namespace, token_budget: int | None = None) -> Plan:
+    """Where the options put the blocks; `token_budget` counts where they name none."""
+    return make_plan(
+        checkpoint,
+        devices=arguments.devices,
+        memory=arguments.memory,
+        dtype=arguments.dtype,
+        token_budget=arguments.token_budget or token_budget,
+        stream=arguments.stream,
+    )
+
+
 def load_scorer(source: str | Path, arguments: argparse.Namespace) -> Scorer:
     """A checkpoint loaded as the options say."""
-    chosen = {} if arguments.token_budget is None else {"token_budget": arguments.token_budget}
-    return Scorer.from_pretrained(source, devices=arguments.devices, dtype=arguments.dtype, **chosen)
+    checkpoint = open_checkpoint(source)
+    return Scorer(checkpoint, plan_scorer(checkpoint, arguments))

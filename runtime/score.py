@@ -16,7 +16,9 @@ from rich.console import Console
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.command import run_command
 from runtime.errors import ConversationError, NonFiniteError
-from runtime.machine_arguments import load_scorer
+from runtime.machine_arguments import plan_scorer
+from runtime.placement import Plan
+from runtime.placement_table import print_placement
 from runtime.scorable import Scorable
 from runtime.score_arguments import parse
 from runtime.score_file import ScoreFile
@@ -26,8 +28,6 @@ from runtime.scored_row import Record, scored_record
 from runtime.scorer import Scorer
 from runtime.standard_output import StandardOutput
 from runtime.written import Written
-
-WINDOW_BUDGETS = 4
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,21 +41,25 @@ def score(arguments: Namespace, console: Console) -> int:
     if arguments.model is None:
         console.print("No --model given, so this is the embedded demo. The real one: --model Qwen/WorldPM-72B")
 
-    # 1. Look at model, output and input, before anything heavy happens.
+    # 1. Look at model, machine, output and input, before anything heavy happens.
     checkpoint = open_checkpoint(model)
-    with open_output(arguments, checkpoint) as output:
+    begun = recipe_begun_with(arguments)
+    plan = plan_scorer(checkpoint, arguments, begun.get("token_budget"))
+    window = begun.get("window", plan.window_tokens)
+    with open_output(arguments, checkpoint, plan, window) as output:
         rows = ScoreInput.open(arguments.file)
         if earlier := output.written.rows:
             console.print(f"resuming after row {earlier:,}")
             rows.skip(earlier, output.written.input)
 
         # 2. Load the model.
-        scorer = load_scorer(model, arguments)
+        print_placement(plan, console)
+        scorer = Scorer(checkpoint, plan)
 
         # 3. Score window by window; each counts once it is on disk.
         total = rows.count() if console.is_terminal else None
         with ScoreProgress(console, output.written, total, quiet=_shows_rows(arguments)) as progress:
-            score_windows(rows, scorer, output, progress, arguments)
+            score_windows(rows, window, scorer, output, progress, arguments)
 
         # 4. Make the output what it is to be.
         output.finish()
@@ -65,7 +69,13 @@ def score(arguments: Namespace, console: Console) -> int:
     return 0
 
 
-def open_output(arguments: Namespace, checkpoint: Checkpoint) -> ScoreFile | StandardOutput:
+def recipe_begun_with(arguments: Namespace) -> dict[str, Any]:
+    """What the run that is to go on was begun with: rows are grouped as then, however much memory is free now."""
+    written = Written.load(arguments.output) if arguments.resume else None
+    return written.recipe if written and written.rows else {}
+
+
+def open_output(arguments: Namespace, checkpoint: Checkpoint, plan: Plan, window: int) -> ScoreFile | StandardOutput:
     """Standard output, or the file to begin or to go on with."""
     if arguments.output is None:
         return StandardOutput()
@@ -73,17 +83,23 @@ def open_output(arguments: Namespace, checkpoint: Checkpoint) -> ScoreFile | Sta
         "model": checkpoint.fingerprint(),
         "devices": arguments.devices,
         "dtype": arguments.dtype,
-        "token_budget": arguments.token_budget,
+        "token_budget": plan.token_budget,
+        "window": window,
+        "products": "joined" if plan.stacked else "apart",
         "truncate": arguments.truncate,
     }
     return ScoreFile(arguments.output, recipe, resume=arguments.resume)
 
 
 def score_windows(
-    rows: ScoreInput, scorer: Scorer, output: ScoreFile | StandardOutput, progress: ScoreProgress, arguments: Namespace
+    rows: ScoreInput,
+    tokens: int,
+    scorer: Scorer,
+    output: ScoreFile | StandardOutput,
+    progress: ScoreProgress,
+    arguments: Namespace,
 ) -> None:
-    """Read, score and write what is left of the input."""
-    tokens = WINDOW_BUDGETS * scorer.token_budget
+    """Read, score and write what is left of the input, `tokens` tokens at a time."""
     for window in rows.windows(scorer.renderer, tokens=tokens, truncate=arguments.truncate, strict=arguments.strict):
         records = score_window(scorer, window)
         for row in window:

@@ -39,6 +39,7 @@ examples:
   python -m runtime.score pairs.jsonl --model worldpm-72b-gptq-4bit --output scores.jsonl
   python -m runtime.score pairs.jsonl --model worldpm-72b-gptq-4bit --output scores.jsonl --resume
   python -m runtime.score best-of-n.parquet --output scores.csv
+  python -m runtime.score pairs.jsonl --model WorldPM-72B --memory cpu=12GiB --stream     more model than memory
   zcat logs.jsonl.gz | python -m runtime.score - | jq .margin
 
 exit status: 0 done, rows with errors counted; 2 an error that the message explains; 130 stopped, resumable
@@ -102,4 +103,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="a directory, a hub id such as Qwen/WorldPM-72B, or `demo` (default)")
-    add_machine(group, "; four times as many are read, scored and written at a time, which is what a kill may cost")
+    add_machine(
+        group,
+        "; four times as many, or more where blocks are streamed or split, are read, scored and written at a time, "
+        "which is what a kill may cost",
+    )

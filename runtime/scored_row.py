@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from runtime.preference import probability_preferred
 from runtime.scorable import Scorable
 
 Record = dict[str, Any]
@@ -49,7 +49,7 @@ def scored_record(row: Scorable, scores: Sequence[float]) -> Record:
     record["scores"] = list(scores)
     if row.kind == "pair":
         record["margin"] = scores[0] - scores[1]
-        record["probability_chosen"] = _sigmoid(record["margin"])
+        record["probability_chosen"] = probability_preferred(record["margin"])
     elif row.kind == "responses":
         record["ranks"] = _ranks(scores)
         record["best"] = record["ranks"].index(1)
@@ -64,7 +64,3 @@ def _ranks(scores: Sequence[float]) -> list[int]:
     for rank, score in enumerate(sorted(scores, reverse=True), start=1):
         first.setdefault(score, rank)
     return [first[score] for score in scores]
-
-
-def _sigmoid(x: float) -> float:
-    return math.exp(min(x, 0)) / (1 + math.exp(-abs(x)))  # neither overflows

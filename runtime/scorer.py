@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from runtime.batching import PackedBatch, pack
 from runtime.chat import Rendered, Renderer
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.conversation import Message
+from runtime.devices import Memory, Names
 from runtime.errors import NonFiniteError
-from runtime.numerics import FLOAT32, NUMERICS, Numerics, matmul_dtype
-from runtime.qwen2 import Block, Rotary
-from runtime.sweep import check_finite, read_blocks, read_head
-
-TOKEN_BUDGET = 2048
+from runtime.loading import load_blocks
+from runtime.numerics import FLOAT32, Numerics
+from runtime.pipeline import run_pipeline
+from runtime.placement import Plan, make_plan
+from runtime.preference import probability_preferred
+from runtime.streaming import run_sweeps
+from runtime.sweep import read_head
 
 
 @dataclass(frozen=True)
@@ -37,60 +41,72 @@ class Comparison:
 
 
 class Scorer:
-    """A resident model and the one way to score with it.
+    """A loaded model and the one way to score with it.
 
-    A score does not depend on what else is scored, in which order or in which batch.
+    A score does not depend on what else is scored, in which order or in which batch, nor on where the blocks live.
+
+    Attributes:
+        plan: which block lives where, and how many tokens are computed at once.
+        head: final norm and score head.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
+        plan: Plan | None = None,
         *,
-        device: str = "cpu",
         numerics: Numerics = FLOAT32,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
     ):
-        """`token_budget` is the tokens computed at once."""
+        """Load a checkpoint as planned; without a plan, on the CPU, in `numerics` and with that token budget."""
         self.checkpoint = checkpoint
-        self.device = device
-        self.token_budget = token_budget
-        self.numerics = numerics
-        architecture = checkpoint.architecture
-        self.renderer = Renderer.from_directory(checkpoint.directory, architecture.max_position_embeddings)
-        rotary = Rotary(architecture, architecture.max_position_embeddings, device)
+        self.plan = plan or make_plan(checkpoint, devices="cpu", dtype=numerics, token_budget=token_budget)
+        self.renderer = Renderer.from_directory(checkpoint.directory, checkpoint.architecture.max_position_embeddings)
         self._embedding = checkpoint.read("model.embed_tokens.weight")
-        self._blocks = [
-            Block.from_tensors(
-                architecture,
-                {name: tensor.to(device) for name, tensor in tensors.items()},
-                rotary,
-                self.numerics,
-                checkpoint.quantization,
-            )
-            for _, tensors in read_blocks(checkpoint)
-        ]
-        for block in self._blocks[:-1]:
-            block.stack()
-        self.head = read_head(checkpoint, device)
+        self._shares = load_blocks(checkpoint, self.plan, Console(stderr=True))
+        self.head = read_head(checkpoint, self._shares[-1].device)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, devices: str = "auto", dtype: str = "auto", token_budget: int = TOKEN_BUDGET
+        cls,
+        source: str | Path,
+        *,
+        devices: Names = "auto",
+        memory: Memory | None = None,
+        dtype: str = "auto",
+        token_budget: int | None = None,
+        stream: bool = False,
     ) -> Scorer:
         """Load a directory, a hub id or `demo`, 16-bit or quantized.
 
         Args:
-            devices: `auto`, `cpu` or one CUDA device such as `cuda:0`; the model must fit there.
+            devices: `auto`, `cpu`, or CUDA devices such as `cuda:0` or `cuda:0,cuda:1`. Several hold a part of the
+                blocks each. Where the blocks do not fit, some are brought in for every call.
+            memory: what may be used, as in `{"cuda:0": "20GiB"}` or `cuda:0=20GiB,cpu=40GiB`, in place of what is free;
+                `cpu` is the host's.
             dtype: of matmul inputs, `float32` or `bfloat16`; `auto` is bfloat16 wherever that is faster.
-            token_budget: tokens computed at once.
+            token_budget: tokens computed at once, in place of the plan's choice.
+            stream: hold no block, and read each from disk for every call: the least memory. Bring many conversations.
 
         Raises:
             CheckpointError: the checkpoint is missing or damaged.
-            PlanError: an unknown dtype, or a device that is not there.
+            PlanError: an unknown dtype, a device that is not there, or one without room for a single block.
         """
-        device = ("cuda:0" if torch.cuda.is_available() else "cpu") if devices == "auto" else devices
-        numerics = NUMERICS[matmul_dtype(dtype, device)]
-        return cls(open_checkpoint(source), device=device, numerics=numerics, token_budget=token_budget)
+        checkpoint = open_checkpoint(source)
+        plan = make_plan(
+            checkpoint, devices=devices, memory=memory, dtype=dtype, token_budget=token_budget, stream=stream
+        )
+        return cls(checkpoint, plan)
+
+    @property
+    def numerics(self) -> Numerics:
+        """In which dtypes it computes."""
+        return self.plan.numerics
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens computed at once."""
+        return self.plan.token_budget
 
     def score(self, conversations: Sequence[Sequence[Message]], *, truncate: bool = False) -> torch.Tensor:
         """Scores fp32 [n] of conversations that end in the response to be judged.
@@ -111,7 +127,7 @@ class Scorer:
         both = [[*turns, {"role": "assistant", "content": text}] for text in (response_a, response_b)]
         score_a, score_b = self.score(both).tolist()
         margin = score_a - score_b
-        return Comparison(score_a, score_b, margin, _sigmoid(margin))
+        return Comparison(score_a, score_b, margin, probability_preferred(margin))
 
     def score_rendered(self, rendered: Sequence[Rendered]) -> torch.Tensor:
         """Scores fp32 [n] of conversations that are tokens already."""
@@ -124,22 +140,19 @@ class Scorer:
     @torch.inference_mode()
     def hidden_at_scored(self, rendered: Sequence[Rendered]) -> torch.Tensor:
         """What the head starts from: the last block's hidden states [n, H] at the scored tokens."""
-        hidden = torch.empty(len(rendered), self.checkpoint.architecture.hidden_size, device=self.device)
-        for batch in pack(rendered, self.token_budget):
-            hidden[list(batch.rows)] = self._pass(batch.to(self.device)).float()
+        hidden = torch.empty(len(rendered), self.checkpoint.architecture.hidden_size, device=self._shares[-1].device)
+        with closing(self._run(rendered)) as chunks:
+            for batch, rows in chunks:
+                hidden[list(batch.rows)] = rows.to(hidden.device, hidden.dtype)
         return hidden
 
-    def _pass(self, batch: PackedBatch) -> torch.Tensor:
-        """Hidden states [S, H] at the scored tokens after the last block."""
-        hidden = self._embedding[batch.token_ids.cpu()].to(self.device, self.numerics.stream)
-        *blocks, last = self._blocks
-        for index, block in enumerate(blocks):
-            hidden = block(hidden, batch)
-            check_finite(hidden, batch, f"block {index}")
-        hidden = last.at_scored(hidden, batch)
-        check_finite(hidden, batch, f"block {len(blocks)}", scored=True)
-        return hidden
+    def _run(self, rendered: Sequence[Rendered]) -> Generator[tuple[PackedBatch, torch.Tensor], None, None]:
+        """Batches with their hidden states [S, H] at the scored tokens."""
+        batches = pack(rendered, self.plan.chunk_tokens(sum(len(each.token_ids) for each in rendered)))
+        if self.plan.placement == "streamed":
+            yield from run_sweeps(self._shares, self.plan, batches, self._embedding)
+        else:
+            yield from run_pipeline(self._shares, batches, self._embed)
 
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+    def _embed(self, batch: PackedBatch) -> torch.Tensor:
+        return self._embedding[batch.token_ids].to(self._shares[0].device, self.numerics.stream)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import torch
 
@@ -19,6 +19,7 @@ from runtime.batching import PackedBatch
 from runtime.checkpoint import Checkpoint
 from runtime.errors import JobError, NonFiniteError
 from runtime.linear import Tensors
+from runtime.lookahead import Lookahead
 from runtime.qwen2 import Block, ScoreHead
 
 
@@ -28,6 +29,7 @@ class Stream:
     There are two buffers [tokens, H]: a block reads `current` and writes `following`, then they change
     places. `current` is therefore intact until the whole block is done, which is what lets a killed job go
     on. With a `directory` the buffers are memory-mapped files, `NAME.0.bin` and `NAME.1.bin`; else memory.
+    A stream that need not outlive a kill is `in_place`: both are one buffer.
     """
 
     def __init__(
@@ -40,8 +42,11 @@ class Stream:
         directory: Path | None = None,
         name: str = "stream",
         finished_blocks: int = 0,
+        in_place: bool = False,
+        home: torch.device | str = "cpu",
     ):
-        """`device` is where blocks compute; `finished_blocks` says which buffer is current on resuming.
+        """`device` is where blocks compute; `finished_blocks` says which buffer is current on resuming; `home` is where
+        buffers live that are no files.
 
         Raises:
             JobError: blocks are finished and the files that hold what came of them are not there.
@@ -57,18 +62,18 @@ class Stream:
         self._files = [None if directory is None else directory / f"{name}.{turn}.bin" for turn in (0, 1)]
         if directory is not None and finished_blocks:
             _refuse_lost(self._files[finished_blocks % 2], shape, dtype)
-        self._buffers = [_buffer(shape, dtype, file) for file in self._files]
+        self._buffers = [_buffer(shape, dtype, file, home) for file in self._files[: 1 if in_place else 2]]
         self.finished_blocks = finished_blocks
 
     @property
     def current(self) -> torch.Tensor:
         """[tokens, H], what the next block reads."""
-        return self._buffers[self.finished_blocks % 2]
+        return self._buffers[self.finished_blocks % len(self._buffers)]
 
     @property
     def following(self) -> torch.Tensor:
         """[tokens, H], what the next block writes."""
-        return self._buffers[(self.finished_blocks + 1) % 2]
+        return self._buffers[(self.finished_blocks + 1) % len(self._buffers)]
 
     def rows(self, index: int) -> slice:
         """Where batch `index` lies in the buffers."""
@@ -86,7 +91,8 @@ class Stream:
         """Start before the first block: look every token up in `embedding` [vocab, H]."""
         self.finished_blocks = 0
         for index, batch in enumerate(self.batches):
-            self.current[self.rows(index)] = embedding[batch.token_ids.cpu()].to(self.current.dtype)
+            rows = embedding[batch.token_ids.cpu()]
+            self.current[self.rows(index)] = rows.to(self.current.device, self.current.dtype)
 
     def advance(self, block: Block, block_index: int, batches: Sequence[int] | None = None) -> None:
         """Push batches (all, or those named) through `block` into `following`.
@@ -124,15 +130,51 @@ class Stream:
         return source[[token for _, token in sorted(places)]]
 
 
+class Halted(Exception):
+    """Raised in a thread whose work nobody waits for any more; no user sees it."""
+
+
+@torch.inference_mode()
+def sweep(stream: Stream, blocks: Iterator[tuple[int, Block]], last: int, halt: Event) -> list[torch.Tensor]:
+    """Push all of `stream` through block after block.
+
+    Args:
+        blocks: all of them in order; each is let go before the next is asked for.
+        last: index of the last one.
+        halt: once it is set, the sweep ends with `Halted` before its next batch.
+
+    Returns:
+        Of each of the stream's batches, the hidden states [S, H] at the scored tokens after the last block.
+
+    Raises:
+        NonFiniteError: naming the block and the row that first showed a NaN or an infinity.
+    """
+    outputs: list[torch.Tensor] = []
+    for index, block in blocks:
+        for number, batch in enumerate(stream.batches):
+            if halt.is_set():
+                raise Halted
+            hidden = stream.read(number)
+            hidden = block.at_scored(hidden, batch) if index == last else block(hidden, batch)
+            check_finite(hidden, batch, f"block {index}", scored=index == last)
+            if index == last:
+                outputs.append(hidden)
+            else:
+                stream.write(number, hidden)
+        stream.turn_over()
+        del block
+    return outputs
+
+
 def _refuse_lost(file: Path | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
     size = shape[0] * shape[1] * dtype.itemsize
     if file is None or not file.is_file() or file.stat().st_size != size:
         raise JobError(f"{file} is missing or not {size} bytes long, so the job cannot go on; start it afresh.")
 
 
-def _buffer(shape: tuple[int, int], dtype: torch.dtype, file: Path | None) -> torch.Tensor:
+def _buffer(shape: tuple[int, int], dtype: torch.dtype, file: Path | None, home: torch.device | str) -> torch.Tensor:
     if file is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=home)
     count = shape[0] * shape[1]
     with open(file, "ab") as handle:
         # Reserved now: a full disk is an error here, where it would be a bus error in a mapped page later.
@@ -157,14 +199,10 @@ def check_finite(hidden: torch.Tensor, batch: PackedBatch, where: str, *, scored
 
 def read_blocks(checkpoint: Checkpoint, start: int = 0, *, prefetch: bool = True) -> Iterator[tuple[int, Tensors]]:
     """Tensors of block `start` and on, one at a time; the next is read while the current one is in use."""
-    last = checkpoint.architecture.num_hidden_layers
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        ahead = reader.submit(checkpoint.read_block, start) if start < last else None
-        for index in range(start, last):
-            tensors = ahead.result() if ahead else checkpoint.read_block(index)
-            ahead = reader.submit(checkpoint.read_block, index + 1) if prefetch and index + 1 < last else None
-            yield index, tensors
-            del tensors
+    indices = range(start, checkpoint.architecture.num_hidden_layers)
+    with Lookahead(checkpoint.read_block, indices, depth=int(prefetch)) as blocks:
+        for index in indices:
+            yield index, next(blocks)
 
 
 def read_head(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> ScoreHead:

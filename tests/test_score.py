@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from runtime.conversation import PreferencePair, parse_row
-from runtime.errors import NonFiniteError
+from runtime.errors import NonFiniteError, PlanError
 from runtime.score import main, score_window
 from runtime.score_arguments import parse
 from runtime.score_input import ScoreInput
@@ -260,7 +260,7 @@ def test_arguments_that_cannot_be(tiny_checkpoint, rows_file, tmp_path, monkeypa
 
 
 def test_an_input_that_is_not_there_is_told_before_the_model_is_loaded(tiny_checkpoint, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(Scorer, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(Scorer, "__init__", lambda *_, **__: pytest.fail("loaded"))
     assert score(tiny_checkpoint, tmp_path / "none.jsonl", "--output", tmp_path / "out.jsonl") == 2
     assert "none.jsonl cannot be read: No such file" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -272,12 +272,16 @@ def test_without_a_model_it_is_the_demo_and_says_so(tiny_checkpoint, rows_file, 
     assert "this is the embedded demo. The real one: --model Qwen/WorldPM-72B" in capfd.readouterr().err
 
 
-def test_the_scorer_gets_what_was_asked_for(tiny_checkpoint, rows_file, monkeypatch):
-    asked = {}
-    real = Scorer.from_pretrained
-    monkeypatch.setattr(Scorer, "from_pretrained", lambda source, **more: (asked.update(more), real(source, **more))[1])
-    assert main([str(rows_file), "--model", str(tiny_checkpoint), "--devices", "cpu", "--dtype", "bfloat16"]) == 0
-    assert asked == {"devices": "cpu", "dtype": "bfloat16"}  # the token budget is the scorer's choice
+def test_the_plan_is_what_was_asked_for_and_is_shown_before_loading(tiny_checkpoint, rows_file, monkeypatch, capfd):
+    def load(self, checkpoint, plan):
+        raise PlanError(f"{plan.placement} {plan.shares[0].device.budget} {plan.numerics.matmul} {plan.token_budget}")
+
+    monkeypatch.setattr(Scorer, "__init__", load)
+    asked = ["--devices", "cpu", "--dtype", "bfloat16", "--memory", "cpu=3GiB", "--stream"]
+    assert main([str(rows_file), "--model", str(tiny_checkpoint), *asked]) == 2
+    said = capfd.readouterr().err
+    assert said.endswith(f"error: streamed {3 << 30} torch.bfloat16 1024\n")
+    assert "0 blocks stay, 2 are streamed" in said and "products in bfloat16" in said
 
 
 def test_help_teaches(capsys):
@@ -287,7 +291,7 @@ def test_help_teaches(capsys):
     for word in ("probability_chosen", "--resume", "exit status: 0", "130", "responses", "examples:"):
         assert word in text
     examples = re.findall(r"-m runtime\.score (.*?)(?: {2}|\||$)", text.partition("examples:")[2], re.MULTILINE)
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         parse(example.split())
 
@@ -297,7 +301,8 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_checkpoint, rows_file):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     process.stdout.close()
-    assert (process.wait(), process.stderr.read()) == (141, b"")
+    assert process.wait() == 141
+    assert process.stderr.read().decode().splitlines()[-1].startswith("└")  # the plan, and nothing after it
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a full device")

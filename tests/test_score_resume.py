@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.score import main
 from runtime.score_file import ScoreFile
 from runtime.score_input import ScoreInput
 from runtime.scorer import Scorer
@@ -160,6 +161,31 @@ def test_another_model_or_input_is_refused(tiny_checkpoint, damaged, rows, tmp_p
         assert score(model, source, "--output", output, "--resume") == 2
         assert message in capfd.readouterr().err
         assert output.read_bytes() == before
+
+
+def test_a_resumed_run_groups_rows_as_before_whatever_the_plan_would_be_now(tiny_checkpoint, rows, tmp_path, capfd):
+    command = [str(rows), "--model", str(tiny_checkpoint), "--devices", "cpu", "--dtype", "float32", "--output"]
+    output = tmp_path / "out.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.placement.CPU_TOKENS", 24)
+        patch.setattr("runtime.placement.LEAST_CPU_TOKENS", 24)
+        assert main([*command, str(tmp_path / "whole.jsonl")]) == 0
+        stop(patch, ScoreFile, "write", 4, KeyboardInterrupt())
+        assert main([*command, str(output)]) == 130
+    assert Written.load(output).recipe["token_budget"] == 24
+    for more, message in (
+        (["--token-budget", "25"], "token_budget was 24 and is now 25"),
+        (["--stream"], "products was"),
+    ):
+        assert main([*command, str(output), "--resume", *more]) == 2
+        assert message in capfd.readouterr().err
+    calls = []
+    real = Scorer.score_rendered
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "score_rendered", lambda self, them: (calls.append(self.plan), real(self, them))[1])
+        assert main([*command, str(output), "--resume", "--memory", "cpu=1GiB"]) == 0
+    assert len(calls) > 2 and calls[0].token_budget == 24
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 # ---- real kills -----------------------------------------------------------------------------------------

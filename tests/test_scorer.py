@@ -1,12 +1,34 @@
+"""Scores, wherever the blocks live: the same ones, errors that name their place, and nothing left behind."""
+
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from runtime import Scorer
-from runtime.errors import ConversationError, NonFiniteError, PlanError
+from runtime import Scorer, streaming
+from runtime.checkpoint import Checkpoint, open_checkpoint
+from runtime.errors import CheckpointError, ConversationError, NonFiniteError, PlanError
+from runtime.placement import make_plan
+from runtime.qwen2 import Block
+from tests.placed import GPTQ4, TOKENS, pack_checkpoint, placements, room
+from tests.tiny import write_tiny_checkpoint
+
+NAMES = ["kept", "as stored", "a device", "halves", "1 and 5", "thirds", "streamed", "some stay", "one buffer"]
+NAMES += ["from host", "from disk", "dealt"]
 
 QUESTION = [{"role": "user", "content": "Tips for better sleep?"}]
 
@@ -58,3 +80,201 @@ def test_a_head_that_overflows_is_an_error_not_a_score(tiny_checkpoint):
 def test_unknown_dtype_is_refused(tiny_checkpoint):
     with pytest.raises(PlanError, match="'float16'"):
         Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="float16")
+
+
+# ---- placements -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory) -> dict[str, Path]:
+    """A model of six blocks, 16-bit and packed."""
+    place = tmp_path_factory.mktemp("six")
+    stored = write_tiny_checkpoint(place / "16-bit", layers=6, shards=1)
+    return {"16-bit": stored, "gptq": pack_checkpoint(shutil.copytree(stored, place / "gptq"), GPTQ4)}
+
+
+def placed(directory: Path, name: str, token_budget: int = TOKENS) -> Scorer:
+    how, placement = placements(open_checkpoint(directory))[name]
+    scorer = Scorer.from_pretrained(directory, dtype="float32", token_budget=token_budget, **how)
+    assert scorer.plan.placement == placement or token_budget > TOKENS
+    return scorer
+
+
+CONVERSATIONS = [answer("word " * count) for count in (1, 30, 7, 90, 2, 55, 8, 9)] + [answer("Other. " * 40)]
+
+
+@pytest.fixture(scope="module")
+def expected(six) -> dict[str, torch.Tensor]:
+    """Scores one by one on one device."""
+    scores = {}
+    for model, directory in six.items():
+        scorer = placed(directory, "as stored")
+        scores[model] = torch.cat([scorer.score([each]) for each in CONVERSATIONS])
+    return scores
+
+
+@pytest.mark.parametrize("model", ["16-bit", "gptq"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_placement_gives_the_same_scores(six, expected, name, model):
+    scorer = placed(six[model], name)
+    limit = 1e-5 * expected[model].std()
+    assert (scorer.score(CONVERSATIONS) - expected[model]).abs().max() < limit
+    assert (scorer.score(CONVERSATIONS[::-1]).flip(0) - expected[model]).abs().max() < limit
+    assert (scorer.score(CONVERSATIONS[3:4]) - expected[model][3]).abs().max() < limit
+    assert scorer.score([]).shape == (0,)
+
+
+@pytest.mark.parametrize("token_budget", [1, 16, 200, 100_000])
+@pytest.mark.parametrize("name", ["a device", "halves", "streamed"])
+def test_chunks_of_any_size_give_the_same_scores(six, expected, name, token_budget):
+    scores = placed(six["gptq"], name, token_budget).score(CONVERSATIONS)
+    assert (scores - expected["gptq"]).abs().max() < 1e-5 * expected["gptq"].std()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nan_names_block_and_conversation_wherever_the_block_is(six, tmp_path, name):
+    directory = shutil.copytree(six["16-bit"], tmp_path / "damaged")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.layers.3.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    before = threading.active_count()
+    with pytest.raises(NonFiniteError, match=r"^block 3: a non-finite activation in conversation \d"):
+        placed(directory, name).score(CONVERSATIONS)
+    assert threading.active_count() == before
+
+
+def test_hidden_states_in_files_give_the_very_scores_of_those_in_memory(six, monkeypatch, tmp_path):
+    checkpoint = open_checkpoint(six["gptq"])
+    plan = make_plan(checkpoint, devices="cpu", stream=True, token_budget=TOKENS)
+    in_memory = Scorer(checkpoint, plan).score(CONVERSATIONS)
+    made = []
+    monkeypatch.setattr(
+        streaming, "TemporaryDirectory", lambda prefix: made.append(TemporaryDirectory(dir=tmp_path)) or made[0]
+    )
+    shares = tuple(replace(share, spare=0) for share in plan.shares)
+    in_files = Scorer(checkpoint, replace(plan, shares=shares, host_spare=0)).score(CONVERSATIONS)
+    assert torch.equal(in_files, in_memory)
+    assert made and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "beyond"), [("streamed", 2), ("some stay", 2), ("one buffer", 1), ("from disk", 2)])
+def test_no_more_blocks_in_memory_than_planned(six, monkeypatch, name, beyond):
+    alive: weakref.WeakSet = weakref.WeakSet()
+    peaks = []
+    real = Checkpoint.read_block
+
+    def read_block(self, index):
+        tensors = real(self, index)
+        alive.add(tensors["mlp.down_proj.weight"])  # which the block holds as it is
+        peaks.append(len(alive))
+        time.sleep(0.002)
+        return tensors
+
+    monkeypatch.setattr(Checkpoint, "read_block", read_block)
+    scorer = placed(six["16-bit"], name)
+    resident = sum(len(share.resident) for share in scorer.plan.shares)
+    peaks.clear()
+    for _ in range(2):
+        scorer.score(CONVERSATIONS)
+    assert len(peaks) == 2 * (6 - resident)
+    assert max(peaks) == resident + beyond
+    assert len(alive) == resident
+
+
+@pytest.mark.parametrize("name", ["kept", "halves", "streamed", "dealt"])
+def test_ctrl_c_leaves_no_thread_behind(six, expected, monkeypatch, name):
+    scorer, before, calls = placed(six["16-bit"], name), threading.active_count(), []
+    real = Block.__call__
+
+    def interrupted(self, hidden, batch):
+        calls.append(batch)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        return real(self, hidden, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score(CONVERSATIONS)
+    assert threading.active_count() == before
+    assert len(calls) < 15  # of the 25 and more that it would take
+    assert (scorer.score(CONVERSATIONS) - expected["16-bit"]).abs().max() < 1e-5 * expected["16-bit"].std()
+
+
+@pytest.mark.parametrize("name", ["halves", "thirds", "streamed", "dealt"])
+def test_what_goes_wrong_in_a_thread_reaches_the_caller_and_the_next_call_works(six, expected, monkeypatch, name):
+    scorer, before, calls = placed(six["16-bit"], name), threading.active_count(), []
+    real = Block.__call__
+
+    def broken(self, hidden, batch):
+        calls.append(batch)
+        if len(calls) == 7:
+            raise MemoryError("no room")
+        return real(self, hidden, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "__call__", broken)
+        with pytest.raises(MemoryError, match="no room"):
+            scorer.score(CONVERSATIONS)
+    assert threading.active_count() == before
+    assert (scorer.score(CONVERSATIONS) - expected["16-bit"]).abs().max() < 1e-5 * expected["16-bit"].std()
+
+
+def test_a_file_that_shrank_since_it_was_opened_is_an_error_when_its_block_is_due(six, tmp_path):
+    directory = shutil.copytree(six["16-bit"], tmp_path / "cut")
+    scorer, before = placed(directory, "streamed"), threading.active_count()
+    os.truncate(directory / "model.safetensors", 100_000)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.\d.* ends after .* bytes"):
+        scorer.score(CONVERSATIONS)
+    assert threading.active_count() == before
+
+
+def test_devices_of_a_split_compute_at_the_same_time(six, monkeypatch):
+    """The second device's first block meets the first device's first block of a later chunk."""
+    scorer = placed(six["16-bit"], "halves")
+    first, second = (blocks.resident[blocks.share.blocks[0]] for blocks in scorer._shares)
+    meeting, met = threading.Barrier(2, timeout=10), {first: 0, second: 0}
+    real = Block.__call__
+
+    def meet(self, hidden, batch):
+        if self in met:
+            met[self] += 1
+            if self is second and met[self] <= 2 or self is first and met[self] in (2, 3):
+                meeting.wait()
+        return real(self, hidden, batch)
+
+    monkeypatch.setattr(Block, "__call__", meet)
+    scorer.score(CONVERSATIONS)
+    assert met[first] == met[second] > 3
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from runtime.checkpoint import open_checkpoint
+from runtime.numerics import NUMERICS
+from runtime.placement import make_plan
+from runtime.scorer import Scorer
+def kilobytes(field): return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+Scorer(open_checkpoint(sys.argv[1]))  # whatever is imported or set up once
+large, before = open_checkpoint(sys.argv[2]), kilobytes("VmRSS")
+scorer = Scorer(large, make_plan(large, devices="cpu", dtype=sys.argv[3], memory={"cpu": sys.argv[4]}))
+assert scorer.plan.placement == "resident"
+print(1024 * (kilobytes("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak of resident memory")
+@pytest.mark.parametrize(("model", "dtype"), [("16-bit", "bfloat16"), ("gptq", "float32")])
+def test_loading_holds_no_second_copy(tmp_path, tiny_checkpoint, model, dtype):
+    """Even of a model whose blocks are a thirty-second part each."""
+    directory = tmp_path / "large"
+    write_tiny_checkpoint(directory, layers=32, hidden=512, intermediate=1024, heads=8, kv_heads=4)
+    if model == "gptq":
+        pack_checkpoint(directory, replace(GPTQ4, group_size=64))
+    checkpoint = open_checkpoint(directory)
+    memory = room(checkpoint, 32, tokens=1024)
+    command = [sys.executable, "-c", PEAK, tiny_checkpoint, directory, dtype, str(memory)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.2 * checkpoint.nbytes()
