@@ -22,6 +22,7 @@ _OUTER = [group for group in BLOCK_LINEAR_GROUPS if len(group) == 1]  # these wr
 INTERPRETER = 480 << 20
 THREAD = 128 << 20
 MOST_THREADS = 8  # beyond which none was measured
+KERNELS = 256 << 20  # products in bf16 on a CPU keep a compiled kernel for every shape they met (measured on the demo)
 BITSANDBYTES = 128 << 20  # and what it imports
 # Of one linear while it is solved, by weight: its 16-bit original reordered, the fp32 weight that becomes the
 # error, the dequantized weight in fp32, codes before and after packing, and room for what a block of columns takes.
@@ -143,7 +144,8 @@ class Plan:
         ahead = self.block_bytes if self.prefetch else 0
         block = ahead + (self.working_bytes if self.device == "cpu" else self.block_bytes + self._packed_block)
         threads = THREAD * (min(torch.get_num_threads(), MOST_THREADS) - 1)
-        libraries = INTERPRETER + threads + (BITSANDBYTES if self.quantization.method == "nf4" else 0)
+        kernels = KERNELS if self.matmul_bytes == 2 and self.device == "cpu" else 0
+        libraries = INTERPRETER + threads + kernels + (BITSANDBYTES if self.quantization.method == "nf4" else 0)
         return libraries + self.stream_bytes + max(2 * embedding, block)
 
     @property

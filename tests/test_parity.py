@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from runtime import machine_arguments
 from runtime.conversation import parse_row
 from runtime.golden import CONVERSATIONS, PUBLISHED
 from runtime.parity import main
@@ -67,7 +68,7 @@ def test_stored_scores_give_the_report_that_quantizing_gave(place, capfd, tmp_pa
     assert (now.subject.model, now.subject.reference) == ("q4", "model")
     assert now.subject.reference_dtype == then.subject.reference_dtype
     assert now.subject.settings["scored_share"] == then.subject.settings["scored_share"]
-    assert now.subject.settings["here"] == {"devices": "cpu", "arithmetic": "float32", "token_budget": 2048}
+    assert now.subject.settings["here"] == {"devices": "cpu", "arithmetic": "float32", "token_budget": 1024}
     notes = " ".join(now.notes)
     assert f"{40 - PAIRS - ROWS // 2} of 40 pairs are left out: no reference scores are stored" in notes
     within = float(re.search(r"within (\S+) sd of those in its own parity.json, on 10 pairs", notes)[1])
@@ -278,13 +279,16 @@ def test_a_model_that_overflows_is_named(place, tmp_path, capfd):
 
 def test_the_scorer_gets_what_was_asked_for(place, monkeypatch):
     asked = []
-    real = Scorer.from_pretrained
+    real = machine_arguments.make_plan
     monkeypatch.setattr(
-        Scorer, "from_pretrained", lambda source, **more: (asked.append((source, more)), real(source, **more))[1]
+        machine_arguments,
+        "make_plan",
+        lambda checkpoint, **more: (asked.append((checkpoint.directory, more)), real(checkpoint, **more))[1],
     )
-    assert compare(place, place / "q4", "--reference", place / "model", "--token-budget", "99") == 0
-    settings = {"devices": "cpu", "dtype": "float32", "token_budget": 99}
-    assert asked == [(str(place / "model"), settings), (str(place / "q4"), settings)]
+    memory = ["--memory", "cpu=1GiB"]
+    assert compare(place, place / "q4", "--reference", place / "model", "--token-budget", "99", *memory) == 0
+    settings = {"devices": "cpu", "memory": "cpu=1GiB", "dtype": "float32", "token_budget": 99, "stream": False}
+    assert asked == [(place / "model", settings), (place / "q4", settings)]
 
 
 def test_everything_of_a_model_is_scored_in_one_call(place, named, monkeypatch):
