@@ -91,7 +91,7 @@ class Bench:
         self.divide, self.work = divide, work
         self.layers = 80 if divide == 1 else 4
         self.vocabulary = giant_config(1, divide)["vocab_size"]
-        self.budget = "20GiB" if divide == 1 else "3MiB"
+        self.streamed: dict[str, Any] = {"memory": {device: "20GiB"}} if divide == 1 else {"stream": True}
         self.seconds = 2.0 if divide == 1 else 0.2
         self.generator = torch.Generator(device).manual_seed(0)
         self.rate = 0.0
@@ -177,7 +177,7 @@ class Bench:
             say("write_model", blocks=self.layers, seconds=round(seconds, 1))
             rows = self.mixed_pairs(64 if self.divide == 1 else 4)
             resident = self.score(giant, "resident", rows, {})
-            streamed = self.score(giant, "streamed", rows, {"memory": {self.device: self.budget}})
+            streamed = self.score(giant, "streamed", rows, self.streamed)
             say("streamed_against_resident", share=round(streamed / resident, 3))
 
     def score(self, model: Path, placement: str, rows: list[Rendered], options: dict[str, Any]) -> float:
