@@ -171,6 +171,8 @@ class Bench:
 
     def model(self) -> None:
         """A whole packed model from disk, resident and streamed."""
+        if self.work:
+            self.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.work) as directory:
             giant = Path(directory) / "giant"
             seconds = self.once(lambda: write_giant(giant, self.layers, self.divide))
