@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from quantize.recipe import METHODS
+from runtime.command import make_parser
 from runtime.errors import PlanError
 
 DESCRIPTION = """\
@@ -61,23 +61,13 @@ def default_output(model: str, method: str, bits: int) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=_program(),
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("quantize/run.py", DESCRIPTION, EXAMPLES)
     _add_main(parser.add_argument_group("what"))
     _add_rows(parser.add_argument_group("conversations"))
     _add_solver(parser.add_argument_group("GPTQ solver (the defaults are the best measured)"))
     _add_machine(parser.add_argument_group("machine"))
     _add_report(parser.add_argument_group("report"))
     return parser
-
-
-def _program() -> str:
-    """What the user typed: the script, or the installed command."""
-    return "quantize/run.py" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
 
 
 def _add_main(group: argparse._ArgumentGroup) -> None:

@@ -120,9 +120,8 @@ def _lay_out(
     segments: list[Segment] = []
     paths: dict[int, Path] = {}
     filled = 0
-    pending: list[tuple[int, int, int, Path]] = [
-        (0, len(members), 0, ())
-    ]  # members low .. high continue `context` after `depth` tokens
+    # Members low .. high, which continue `context` after `depth` tokens.
+    pending: list[tuple[int, int, int, Path]] = [(0, len(members), 0, ())]
     while pending:
         low, high, depth, context = pending.pop()
         tokens = sequences[members[low]]

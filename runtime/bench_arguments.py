@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
+from runtime.command import make_parser
 from runtime.errors import PlanError
 from runtime.machine_arguments import add_machine, check_machine
 
@@ -52,12 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=_program(),
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m runtime.bench", DESCRIPTION, EXAMPLES)
     group = parser.add_argument_group("what is scored")
     group.add_argument(
         "file", metavar="FILE", nargs="?", help="rows as runtime.score takes them (default: pairs that are made up)"
@@ -77,8 +71,3 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--model", help="a directory, a hub id such as Qwen/WorldPM-72B, or `demo` (default)")
     add_machine(group)
     return parser
-
-
-def _program() -> str:
-    """What the user typed: the module, or the installed command."""
-    return "python -m runtime.bench" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name

@@ -1,12 +1,14 @@
-"""How every command ends: what it says then, and with which status. Its story is a function of its own."""
+"""What commands have in common: how their help looks, and how they end. The story is a function of their own."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -47,6 +49,14 @@ def run_command(
             raise
         console.print(f"error: {error}")
     return 2
+
+
+def make_parser(typed: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser whose help keeps the lines of its texts, for what the user typed: `typed`, or the installed command."""
+    name = typed if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
+    return argparse.ArgumentParser(
+        prog=name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from runtime.command import make_parser
 from runtime.errors import PlanError
 from runtime.machine_arguments import add_machine, check_machine
 
@@ -56,12 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=_program(),
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m runtime.parity", DESCRIPTION, EXAMPLES)
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="a directory, a hub id such as Qwen/WorldPM-72B, or `demo`"
     )
@@ -69,11 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(parser.add_argument_group("report"))
     add_machine(parser.add_argument_group("machine"))
     return parser
-
-
-def _program() -> str:
-    """What the user typed: the module, or the installed command."""
-    return "python -m runtime.parity" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
 
 
 def _add_reference(group: argparse._ArgumentGroup) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
+from runtime.command import make_parser
 from runtime.errors import PlanError
 from runtime.machine_arguments import add_machine, check_machine
 from runtime.score_formats import SUFFIXES
@@ -62,21 +62,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=_program(),
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m runtime.score", DESCRIPTION, EXAMPLES)
     _add_rows(parser.add_argument_group("rows"))
     _add_output(parser.add_argument_group("output"))
     _add_machine(parser.add_argument_group("model and machine"))
     return parser
-
-
-def _program() -> str:
-    """What the user typed: the module, or the installed command."""
-    return "python -m runtime.score" if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
 
 
 def _add_rows(group: argparse._ArgumentGroup) -> None:
