@@ -6,19 +6,19 @@ block counts. Its shard is on disk before, and so is what the streams are after 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from quantize.recipe import Recipe
 from runtime.errors import MENDABLE, JobError, KitError
-from runtime.files import write_whole
+from runtime.files import open_locked, write_whole
 
 SCHEMA = 1
 
@@ -30,7 +30,7 @@ class Job:
     says how to go on.
     """
 
-    def __init__(self, output: Path, state: dict[str, Any], lock: IO[str]):
+    def __init__(self, output: Path, state: dict[str, Any], lock: FileIO):
         self.output = output
         self._state = state
         self._lock = lock
@@ -44,7 +44,7 @@ class Job:
                 one with another recipe.
         """
         refuse_foreign(output)
-        lock = _lock(output)
+        lock = open_locked(output / "job" / "lock", "wb", output)
         state = _read_state(output)
         if state is None:
             state = {"schema": SCHEMA, "recipe": asdict(recipe), "threads": torch.get_num_threads()}
@@ -134,20 +134,6 @@ def refuse_foreign(output: Path) -> None:
     contents = {*output.iterdir(), *job.glob("*")} if output.is_dir() else set()
     if contents - {job} and job / "lock" not in contents:
         raise JobError(f"{output} is not empty and holds no job of this kit; choose another --output.")
-
-
-def _lock(output: Path) -> IO[str]:
-    try:
-        (output / "job").mkdir(parents=True, exist_ok=True)
-        lock = open(output / "job" / "lock", "w")  # noqa: SIM115 - held as long as the job is
-    except OSError as error:
-        raise JobError(f"{output} cannot be written to: {error.strerror}; choose another --output.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise JobError(f"{output} is in use by another run; wait for it, or choose another --output.") from error
-    return lock
 
 
 def _read_state(output: Path) -> dict[str, Any] | None:

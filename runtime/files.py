@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+from typing import Literal
+
+from runtime.errors import JobError
 
 
 @contextmanager
@@ -53,3 +58,22 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def open_locked(path: Path, mode: Literal["wb", "ab+"], output: Path) -> FileIO:
+    """Open a file, unbuffered, that no other process may hold meanwhile; closing it lets go.
+
+    Raises:
+        JobError: another process holds it, or it cannot be made; the message names `output`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, mode, buffering=0)  # noqa: SIM115 - held as long as the run is
+    except OSError as error:
+        raise JobError(f"{output} cannot be written to: {error.strerror}; choose another --output.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise JobError(f"{output} is in use by another run; wait for it, or choose another --output.") from error
+    return file

@@ -6,12 +6,10 @@ the output at the end.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 
 from runtime.errors import MENDABLE, JobError, KitError
-from runtime.files import sync_directory
+from runtime.files import open_locked, sync_directory
 from runtime.score_formats import CSV_HEADER, ENCODERS, write_parquet
 from runtime.scored_row import Record
 from runtime.written import Written, progress_path
@@ -48,7 +46,7 @@ class ScoreFile:
         self._rows_path = path.with_name(f"{path.name}.partial.jsonl") if gathers else path
         self._encode = ENCODERS[self._rows_path.suffix]
         self._sha256 = hashlib.sha256()
-        self._file = _open_locked(self._rows_path, path)
+        self._file = open_locked(self._rows_path, "ab+", path)
         try:
             self.written = self._take_up(recipe, resume)
         except BaseException:
@@ -163,17 +161,3 @@ class ScoreFile:
         """Remove the empty file of a run that came to nothing."""
         if not progress_path(self.path).exists() and self._rows_path.exists() and not self._rows_path.stat().st_size:
             self._rows_path.unlink()
-
-
-def _open_locked(rows_path: Path, output: Path) -> FileIO:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = open(rows_path, "ab+", buffering=0)  # noqa: SIM115 - held as long as the run is
-    except OSError as error:
-        raise JobError(f"{output} cannot be written to: {error.strerror}; choose another --output.") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise JobError(f"{output} is in use by another run; wait for it, or choose another --output.") from error
-    return file
