@@ -17,6 +17,9 @@ from runtime.workspace import Workspace
 
 Tensors = dict[str, torch.Tensor]
 
+FEWEST_ROWS = 16
+"""Products on a CPU have at least so many rows. Those of fewer take other kernels, which round otherwise."""
+
 
 class Linear(Protocol):
     """`y = x W^T + b` with W [out, in] and b [out] or None."""
@@ -211,4 +214,10 @@ def _multiply(linear: Linear, x: torch.Tensor) -> torch.Tensor:
         shape = (columns, rows) if linear.transposed else (rows, columns)
         buffer = Workspace.of(x.device).take("weight", shape, x.dtype)
         weight = linear.weight(x.dtype, buffer.t() if linear.transposed else buffer)
-    return F.linear(x, weight, None if linear.bias is None else linear.bias.to(x.dtype))
+    return multiply(x, weight, None if linear.bias is None else linear.bias.to(x.dtype))
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b of x [T, in], with bits that do not depend on T where the vendor's kernels allow it."""
+    few = 0 if x.is_cuda else max(0, FEWEST_ROWS - len(x))
+    return F.linear(F.pad(x, (0, 0, 0, few)) if few else x, weight, bias)[: len(x)]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture
 from runtime.attention import attention_at, causal_attention
 from runtime.batching import PackedBatch
-from runtime.linear import Linear, StackedLinear, Tensors, densify, make_linear, stack
+from runtime.linear import Linear, StackedLinear, Tensors, densify, make_linear, multiply, stack
 from runtime.numerics import Numerics
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
 
@@ -181,8 +181,10 @@ class ScoreHead:
     def score(self, features: torch.Tensor) -> torch.Tensor:
         """features [S, H] to scores fp32 [S]."""
         dtype = features.dtype
-        inner = F.linear(features, self.score_0_weight.to(dtype), self.score_0_bias.to(dtype)).relu()
-        return F.linear(inner, self.score_2_weight.to(dtype), self.score_2_bias.to(dtype)).float().squeeze(-1)
+        inner = multiply(features, self.score_0_weight.to(dtype), self.score_0_bias.to(dtype)).relu()
+        # Not as a product: one of a single column sums in another order for some of its rows.
+        score = (inner.float() * self.score_2_weight.to(dtype).float()).sum(-1) + self.score_2_bias.to(dtype).float()
+        return score.to(dtype).float()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.score(self.features(hidden))
