@@ -14,6 +14,7 @@ from types import FrameType
 from rich.console import Console
 
 from runtime.errors import MENDABLE, KitError
+from runtime.memory import keep_freed_memory
 
 STOPPED = 130
 BROKEN_PIPE = 141  # what a shell reports of a process that SIGPIPE ended
@@ -30,6 +31,7 @@ def run_command(
     What a user can mend is one line on standard error and status 2; anything else stays a traceback. A command
     that was stopped, by Ctrl-C or SIGTERM, says what `way_on` makes of its arguments.
     """
+    keep_freed_memory()
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, _interrupt)
     try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from runtime.memory import peak_memory
 
@@ -18,3 +21,31 @@ def test_peak_memory_is_this_process_s_own():
     program = "from runtime.memory import peak_memory; print(peak_memory())"
     peak = int(subprocess.check_output([sys.executable, "-c", program], cwd=ROOT))
     assert 5 << 20 < peak < 150 << 20 < len(ballast) < peak_memory()
+
+
+PROGRAM = """
+import ctypes, resource, sys
+from runtime.memory import keep_freed_memory
+if sys.argv[1:]:
+    keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+for turn in range(12):
+    if turn == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    buffers = [libc.malloc(30 << 20) for _ in range(4)]
+    for buffer in buffers:
+        libc.memset(buffer, 1, 30 << 20)
+    for buffer in buffers:
+        libc.free(buffer)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc takes advice")
+def test_freed_memory_is_kept_for_the_next_activations():
+    usual, kept = (
+        int(subprocess.check_output([sys.executable, "-c", PROGRAM, *wanted], cwd=ROOT)) for wanted in ([], ["keep"])
+    )
+    assert kept < usual / 10
