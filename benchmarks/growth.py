@@ -1,0 +1,212 @@
+"""What grows with the work and what does not: speed and memory by rows and by length, loading, streaming.
+
+    python benchmarks/growth.py --work /tmp/growth --model output/demo-gptq-4bit --json result.json
+
+    rows      `runtime.score` on 100, 1,000 and 10,000 conversations of one length: tokens/s and peak memory stay
+    lengths   the same number of tokens in conversations of 256 to 8,192: time grows by attention alone, memory linearly
+    loading   a scorer of a packed checkpoint (a quarter as wide as the 72B) against reading its bytes into memory
+    streamed  that checkpoint in as much memory as the embedding and a quarter of the blocks take, buffers and
+              activations included, against all blocks resident, as they are stored; 16k tokens a sweep
+
+Every figure is of a process of its own, and is printed as a JSON line when it is there. `--only NAME ...` picks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.giant import write_giant  # noqa: E402
+from runtime.chat import Rendered  # noqa: E402
+from runtime.checkpoint import open_checkpoint  # noqa: E402
+from runtime.footprint import Footprint  # noqa: E402
+from runtime.memory import keep_freed_memory, peak_memory  # noqa: E402
+from runtime.numerics import BFLOAT16  # noqa: E402
+from runtime.scorer import Scorer  # noqa: E402
+
+Figure = dict[str, Any]
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+SWEEP = 16_384  # tokens
+DIVIDE, LAYERS = 4, 24
+WORDS = ("the", "of", "to", "and", "in", "that", "it", "is", "was", "for", "on", "are", "with", "as", "this", "from")
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.child:
+        print(json.dumps(CHILDREN[arguments.child[0]](*arguments.child[1:])))
+        return 0
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"model": arguments.model, "threads": torch.get_num_threads()}
+    for name in arguments.only:
+        result[name] = []
+        for figure in MEASURES[name](arguments):
+            result[name].append(figure)
+            print(json.dumps({"measure": name} | figure), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="scored by `rows` and `lengths` (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/growth"), help="about 1 GB of files")
+    parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000, 10_000], help="conversations, for `rows`")
+    parser.add_argument("--only", nargs="+", choices=MEASURES, default=[*MEASURES], metavar="NAME")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---- what is measured -----------------------------------------------------------------------------------
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[Figure]:
+    draw = random.Random(0)
+    for count in arguments.counts:
+        file = arguments.work / f"{count}.jsonl"
+        with file.open("w") as lines:
+            for _ in range(count):
+                asked, said = (" ".join(draw.choices(WORDS, k=words)) for words in (20, 30))
+                turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+                lines.write(json.dumps({"messages": turns}) + "\n")
+        yield in_child("score", arguments.model, str(file)) | {"conversations": count}
+
+
+def lengths(arguments: argparse.Namespace) -> Iterator[Figure]:
+    for length in LENGTHS:
+        yield in_child("by_length", arguments.model, str(length)) | {"tokens_each": length}
+
+
+def loading(arguments: argparse.Namespace) -> Iterator[Figure]:
+    giant = giant_of(arguments)
+    yield in_child("load", str(giant))
+
+
+def streamed(arguments: argparse.Namespace) -> Iterator[Figure]:
+    giant = giant_of(arguments)
+    for placement in ("resident", "quarter"):
+        yield in_child("sweep", str(giant), placement) | {"blocks": placement}
+
+
+def giant_of(arguments: argparse.Namespace) -> Path:
+    directory = arguments.work / "giant"
+    if not (directory / "config.json").exists():
+        write_giant(directory, LAYERS, DIVIDE)
+    return directory
+
+
+def in_child(*words: str) -> Figure:
+    command = [sys.executable, __file__, "--child", *words]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1])
+
+
+# ---- each in a process of its own -----------------------------------------------------------------------
+
+
+def score(model: str, file: str) -> Figure:
+    from runtime.score import main as score_file
+
+    output = Path(file).with_suffix(".scores.jsonl")
+    output.unlink(missing_ok=True)
+    with redirect_stdout(StringIO()) as line:
+        assert score_file([file, "--model", model, "--output", str(output), "--json"]) == 0
+    figures = json.loads(line.getvalue())
+    wanted = ("tokens", "seconds", "tokens_per_second")
+    return {name: figures[name] for name in wanted} | {"peak_memory": peak_memory()}
+
+
+def by_length(model: str, length: str) -> Figure:
+    keep_freed_memory()
+    scorer = Scorer.from_pretrained(model, devices="cpu")
+    each = token_rows(scorer, int(length))
+    scorer.score_rendered(each[:1])
+    before, start = peak_memory(), time.perf_counter()
+    scorer.score_rendered(each)
+    seconds = time.perf_counter() - start
+    shape = scorer.checkpoint.architecture
+    work = shape.linear_work(SWEEP, len(each))
+    attention = 2 * SWEEP * int(length) * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
+    figure = {"seconds": round(seconds, 2), "tokens_per_second": round(SWEEP / seconds, 1)}
+    return figure | {"attention_share_of_work": round(attention / (attention + work), 3), "peak_memory": before}
+
+
+def load(directory: str) -> Figure:
+    """Seconds to load, files being in the page cache, against reading them; memory that it took against their size."""
+    files = sorted(Path(directory).glob("*.safetensors"))
+    copies, copy_seconds = [], 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        copies = [file.read_bytes() for file in files]
+        copy_seconds = time.perf_counter() - start
+    size = sum(map(len, copies))
+    del copies
+    alone = in_child("load_alone", directory)
+    ratios = {"time_ratio": alone["load_seconds"] / copy_seconds, "memory_ratio": alone["grew_by"] / size}
+    figure = alone | {"bytes": size, "copy_seconds": round(copy_seconds, 2)}
+    return figure | {name: round(ratio, 2) for name, ratio in ratios.items()}
+
+
+def load_alone(directory: str) -> Figure:
+    open_checkpoint(directory)
+    (torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()).sum()  # what libraries take is not the model's
+    before, start = peak_memory(), time.perf_counter()
+    scorer = Scorer.from_pretrained(directory, devices="cpu", memory=f"cpu={as_stored(directory)}")
+    seconds = time.perf_counter() - start
+    return {"load_seconds": round(seconds, 2), "grew_by": peak_memory() - before, "kept": scorer.plan.keep}
+
+
+def sweep(directory: str, placement: str) -> Figure:
+    keep_freed_memory()
+    memory = {"resident": f"{as_stored(directory)}", "quarter": f"{quarter(directory)}"}[placement]
+    scorer = Scorer.from_pretrained(directory, devices="cpu", memory=f"cpu={memory}")
+    each = token_rows(scorer, 512)
+    scorer.score_rendered(each[:1])
+    start = time.perf_counter()
+    scorer.score_rendered(each)
+    seconds = time.perf_counter() - start
+    plan, figure = scorer.plan, {"seconds": round(seconds, 2), "tokens_per_second": round(SWEEP / seconds, 1)}
+    figure |= {"placement": plan.placement, "kept": plan.keep, "blocks_that_stay": len(plan.shares[0].resident)}
+    return figure | {"budget": plan.shares[0].device.budget, "peak_memory": peak_memory()}
+
+
+def quarter(directory: str) -> int:
+    """Bytes of the embedding and a quarter of the blocks."""
+    footprint = Footprint(open_checkpoint(directory), BFLOAT16)
+    return footprint.embedding + footprint.blocks * footprint.stored_block // 4
+
+
+def as_stored(directory: str) -> int:
+    """Bytes that hold every block packed, but not dequantized."""
+    footprint = Footprint(open_checkpoint(directory), BFLOAT16)
+    beside = footprint.embedding + footprint.outer + footprint.products(keep=False) + footprint.activations(1024)
+    return beside + footprint.blocks * footprint.block(keep=False)
+
+
+def token_rows(scorer: Scorer, length: int) -> list[Rendered]:
+    """Conversations of random tokens, `SWEEP` tokens in all."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(10, scorer.checkpoint.architecture.vocab_size, (SWEEP // length, length), generator=generator)
+    return [Rendered(row, length - 1) for row in drawn.tolist()]
+
+
+MEASURES = {each.__name__: each for each in (rows, lengths, loading, streamed)}
+CHILDREN = {each.__name__: each for each in (score, by_length, load, load_alone, sweep)}
+
+if __name__ == "__main__":
+    sys.exit(main())
