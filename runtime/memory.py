@@ -24,12 +24,14 @@ def peak_memory() -> int:
 def keep_freed_memory() -> None:
     """Have a command keep what its activations free for the next ones, and few of its compiled CPU kernels.
 
-    By default glibc gives the pages of every large tensor back, and each must be cleared again by the kernel: a tenth of
-    the page faults are left so, and 2 % less time of one thread. oneDNN keeps a kernel for each of the last 1,024
-    shapes of product, which pin the memory between them; making one takes a fraction of a millisecond.
-    Both must be said before they are first used, and are taken back by nothing, so a library would not say them.
+    By default glibc gives the pages of every large tensor back, and each must be cleared again by the kernel; kept, a
+    tenth of the page faults are left, and 2 % less time of one thread. torch and oneDNN keep a kernel each for the last
+    1,024 shapes of product, which takes more than a gigabyte where batches have ever new shapes; making one takes a
+    fraction of a millisecond, and all blocks of a batch share its shapes, so few are enough. All this must be said
+    before it is first used, and nothing takes it back, so a library would not say it.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc's malloc takes advice
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 32 << 20)
