@@ -110,3 +110,4 @@ def listening(api: FastAPI) -> Iterator[tuple[str, uvicorn.Server]]:
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+        api.state.traffic.stopping = False  # the application may be served once more
