@@ -122,6 +122,12 @@ def test_while_it_stops_new_requests_are_turned_away_and_old_ones_answered(tiny_
     assert [answer.status_code for answer in answers] == [200]
 
 
+def test_answers_are_sent_at_once():
+    """asyncio switches Nagle's algorithm off, which holds up each answer by 40 ms, only where the protocol is named."""
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
 def test_a_busy_port_is_refused_by_name():
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
