@@ -3,11 +3,11 @@
     python benchmarks/serving.py --seconds 25 --json result.json
     python benchmarks/serving.py --url http://127.0.0.1:7860 --model output/demo-gptq-4bit --clients 64
 
-Without `--url` it starts `app.py --no-page` itself, with `--model`, on a free port. Each client keeps one connection and
-asks `/get_reward` for one sample at a time, as OpenRLHF's rollouts do; together they walk through the bundled pairs, or
-`--rows`. A client that gets 429 waits as long as it says. Latencies are in milliseconds, memory in MiB as the server's
-`/metrics` has it. `local` is `Scorer.score` on as many of the same rows in one call, in this process, while the
-server is idle.
+Without `--url` it starts `app.py --no-page` itself, with `--model`, on a free port. Each client keeps one connection
+and asks `/get_reward` for one sample at a time, as OpenRLHF's rollouts do; together they walk through the bundled
+pairs, or `--rows`. A client that gets 429 waits as long as it says. Latencies are in milliseconds; memory, in MiB, is
+what the server's `/metrics` says. `local` is `Scorer.score` on as many of the same rows in one call, in this process,
+while the server is idle.
 """
 
 from __future__ import annotations
