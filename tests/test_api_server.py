@@ -195,6 +195,19 @@ def test_no_accepted_request_is_without_an_answer(tiny_checkpoint, tmp_path, num
     assert lines[-1]["event"] == "stopped" and not [line for line in lines if line["event"] == "error"]
 
 
+def test_memory_is_flat_whatever_the_shapes(tiny_checkpoint, tmp_path):
+    command = Command(tiny_checkpoint, tmp_path / "log")
+    resident = []
+    with httpx.Client(base_url=command.url) as client:
+        for length in range(1, 500, 2):
+            client.post("/v1/scores", json={"conversations": [conversation("a" * length)]})
+            if length in (251, 499):
+                found = re.search(r"^process_resident_memory_bytes (\S+)$", client.get("/metrics").text, re.MULTILINE)
+                resident.append(float(found[1]) if found else 0)
+    assert command.stop(signal.SIGTERM) == 0
+    assert resident[0] > 0 and resident[1] - resident[0] < 32 << 20, [round(each / 2**20) for each in resident]
+
+
 def test_a_key_file_and_a_second_signal(tiny_checkpoint, tmp_path):
     key = tmp_path / "key"
     key.write_text("correct-horse-battery\n")
