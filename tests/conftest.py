@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from runtime.api.service import Service
+from tests.served import serve
 from tests.tiny import write_tiny_checkpoint
 
 
@@ -30,3 +32,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint that a test may damage."""
     return shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
+
+
+@pytest.fixture(scope="session")
+def service(tiny_checkpoint: Path) -> Iterator[Service]:
+    """The tiny checkpoint, served as `tiny`. Shared by all tests: what changes it makes its own."""
+    service = serve(tiny_checkpoint)
+    yield service
+    service.close()

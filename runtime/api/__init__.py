@@ -1,0 +1,1 @@
+"""The HTTP API: the kit's own endpoints, and those that trainers already speak."""
