@@ -73,6 +73,8 @@ def _connect(cpus: int) -> None:
         # "local" where none is named: otherwise Ray would join whatever it finds running on this machine.
         ray.init(address or "local", log_to_driver=False, logging_level="error", **({} if address else own))
     except (OSError, ValueError, RuntimeError) as error:
-        raise PlanError(f"no Ray cluster can be had at {address or 'this machine'}: {error}") from error
+        fault = str(error).strip().rstrip(".")
+        remedy = "see that it is up and that its token is here too, or unset RAY_ADDRESS to start one on this machine"
+        raise PlanError(f"RAY_ADDRESS is {address}: {fault}; {remedy}." if address else f"Ray: {fault}.") from error
     finally:
         signal.signal(signal.SIGTERM, before)  # Ray puts a handler of its own there

@@ -28,9 +28,14 @@ class StandardOutput:
 
         Raises:
             BrokenPipeError: nobody reads any more.
+            OSError: what it leads to is full or fails.
         """
-        self._stream.write(encode_jsonl(records))
-        self._stream.flush()
+        try:
+            self._stream.write(encode_jsonl(records))
+            self._stream.flush()
+        except OSError as error:
+            error.filename = "standard output"
+            raise
         self.written = self.written.plus(records, tokens, input_digest)
 
     def finish(self) -> None:

@@ -35,7 +35,7 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTE
 import ray
 
 from runtime import ray_engine
-from runtime.ray_cluster import actor_resources, slots
+from runtime.ray_cluster import actor_resources, ray_cluster, slots
 from runtime.ray_engine import RayEngine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,7 +196,7 @@ def test_faults_of_actors_are_told_as_here(cluster, tiny_checkpoint, damaged, ro
 
     change_tensors(damaged, break_block)
     assert score(damaged, rows, "--output", tmp_path / "out.jsonl", *TWO) == 2
-    assert "error: rows.jsonl:1: block 1" in capfd.readouterr().err
+    assert "model.layers.1.mlp.down_proj.weight holds a NaN or an infinity" in capfd.readouterr().err
     assert list(tmp_path.glob("out*")) == []
 
 
@@ -271,6 +271,18 @@ def test_actors_get_what_all_can_have_alike(machines, actors, gpus, expected):
 def test_no_room(machines, actors, gpus, message):
     with pytest.raises(PlanError, match=message):
         actor_resources(machines, actors, gpus)
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    message = "RAY_ADDRESS is 10.0.0.1:6379: Failed to connect .*; see that it is up"
+    with pytest.raises(PlanError, match=message), ray_cluster(2):
+        pass
 
 
 def test_the_output_says_nothing_of_the_engine(tiny_checkpoint, rows, tmp_path, monkeypatch):

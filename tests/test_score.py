@@ -227,7 +227,10 @@ def test_a_model_that_overflows_everywhere_ends_the_run(damaged, rows_file, tmp_
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     assert score(damaged, rows_file, "--output", tmp_path / "out.jsonl") == 2
-    assert "error: rows.jsonl:1: block 1" in capfd.readouterr().err
+    assert (
+        f"error: {damaged}: model.layers.1.mlp.down_proj.weight holds a NaN or an infinity; fetch"
+        in capfd.readouterr().err
+    )
     assert list(tmp_path.glob("out*")) == []
 
 
@@ -320,7 +323,7 @@ def test_a_full_standard_output_is_an_error(tiny_checkpoint, rows_file):
     with open("/dev/full", "wb") as full:
         process = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert process.returncode == 2
-    assert process.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert process.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device: 'standard output'"
 
 
 def test_pairs_are_read_as_everywhere_else(scored):
