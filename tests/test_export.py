@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantize.export import main
+from quantize.export import main, parse
 from quantize.writer import Writer
 from runtime import Scorer
 from runtime.checkpoint import open_checkpoint
@@ -19,6 +20,7 @@ from runtime.linear import make_linear
 from tests.tiny_job import quantize, write_job_model, write_pairs
 from tests.tiny_score import assistant, user
 
+ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "4-bits": ("--bits", "4", "--group-size", "64"),
     "8-bits": ("--bits", "8", "--group-size", "64"),
@@ -149,3 +151,17 @@ def test_nothing_to_pad_no_place_and_no_room(packed, tmp_path, capfd, monkeypatc
     assert export(model, output) == 2
     assert "0.0 GiB free, but 0.0 GiB will be written; free some" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_and_help_show_commands_that_are_understood(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    texts = [
+        capsys.readouterr().out,
+        *(path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "engines.md")),
+    ]
+    for text in texts:
+        commands = re.findall(r"-m quantize\.export (\w.*--output \S+)", text)
+        assert commands
+        for command in commands:
+            parse(command.split())
