@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ class RayEngine:
         """Connect, make the actors, and let them plan.
 
         Raises:
-            PlanError: there is no cluster, or no room for the actors, or for the model with one.
+            PlanError: there is no cluster, or no room for the actors, or for the model with one; or one does not start.
             CheckpointError: an actor does not find the checkpoint.
         """
         self.renderer = Renderer.from_directory(checkpoint.directory, checkpoint.architecture.max_position_embeddings)
@@ -73,7 +73,7 @@ class RayEngine:
         self._threads_before = torch.get_num_threads()
         self._stack = ExitStack()
         try:
-            cpus = max(self._threads_before, arguments.actors or 1)
+            cpus = max(self._threads_before, arguments.actors or 1, torch.cuda.device_count())
             machines = self._stack.enter_context(ray_cluster(cpus))
             gpus = _gpus(arguments.devices, any(machine.get("GPU", 0) >= 1 for machine in machines))
             count, self._resources = actor_resources(machines, arguments.actors, gpus)
@@ -104,8 +104,7 @@ class RayEngine:
     def load(self) -> None:
         self._stack.enter_context(redirect_stdout(sys.stderr))  # Ray tells of dead actors on standard output
         self._threads = torch.get_num_threads()
-        for outcome in ray.get([actor.handle.load.remote(self._threads) for actor in self._actors]):
-            _unless_fault(outcome)
+        _all([actor.handle.load.remote(self._threads) for actor in self._actors], "it loaded the model")
 
     def scored(self, windows: Iterable[Window]) -> Generator[Scored, None, None]:
         count = len(self._actors)
@@ -125,7 +124,7 @@ class RayEngine:
     def _make(self, count: int, arguments: Namespace) -> list[Actor]:
         """Actors that have planned, each with its share of its machine's memory."""
         handles = [self._spawn() for _ in range(count)]
-        places = ray.get([handle.whereabouts.remote() for handle in handles])
+        places = _all([handle.whereabouts.remote() for handle in handles], "it started")
         for place in places:
             if place.kit != kit_version():
                 raise PlanError(f"on {place.host}: worldpm-kit is {place.kit}, here {kit_version()}; install the same.")
@@ -135,19 +134,17 @@ class RayEngine:
             memory = {"cpu": place.budget // crowd[place.host]} | parse_memory(arguments.memory)
             options = Namespace(**{name: getattr(arguments, name) for name in OPTIONS} | {"memory": memory})
             actors.append(Actor(handle, options, place))
-        self.plan: Plan = self._prepare(actors[0])
+        self.plan: Plan = _all([self._prepare(actors[0])], "it planned")[0]
         self._token_budget = self.plan.token_budget
-        for actor in actors[1:]:
-            self._prepare(actor)
+        _all([self._prepare(actor) for actor in actors[1:]], "it planned")
         return actors
 
     def _spawn(self) -> Any:
         needs = {"num_cpus": self._resources["CPU"], "num_gpus": self._resources.get("GPU", 0)}
         return ray.remote(ScoringActor).options(**needs).remote()
 
-    def _prepare(self, actor: Actor) -> Plan:
-        planned = actor.handle.prepare.remote(self._source, actor.options, self._token_budget)
-        return _unless_fault(ray.get(planned))
+    def _prepare(self, actor: Actor) -> Any:
+        return actor.handle.prepare.remote(self._source, actor.options, self._token_budget)
 
     def _score(self, window: Window | KitError) -> Scored:
         """In a thread, of which there are as many as actors."""
@@ -162,13 +159,13 @@ class RayEngine:
                 except DEATHS as death:
                     if self._closed:
                         raise
-                    last = str(death).strip().splitlines()[-1]
+                    last = _reason(death)
                     self._replace(actor)
         finally:
             self._idle.put(actor)
         raise JobError(
             f"{rows[0].where} to {rows[-1].where}: {ATTEMPTS} actors died while they scored these rows, the last one "
-            f"of: {last} Give each more memory with fewer --actors, or a smaller --token-budget."
+            f"of: {last} If memory ran out, take fewer --actors or a smaller --token-budget."
         )
 
     def _replace(self, actor: Actor) -> None:
@@ -178,7 +175,7 @@ class RayEngine:
         actor.handle = self._spawn()
         try:
             actor.whereabouts = ray.get(actor.handle.whereabouts.remote())
-            self._prepare(actor)
+            _unless_fault(ray.get(self._prepare(actor)))
             _unless_fault(ray.get(actor.handle.load.remote(self._threads)))
         except DEATHS:
             pass  # it counts as an attempt when it is asked to score
@@ -208,6 +205,28 @@ def _with_their_end(windows: Iterable[Window]) -> Iterator[Window | KitError]:
         yield from windows
     except KitError as fault:
         yield fault
+
+
+def _all(calls: Sequence[Any], doing: str) -> list[Any]:
+    """What all actors answer, before there is any work to repeat.
+
+    Raises:
+        PlanError: one died while `doing`.
+        KitError: one answers with it.
+    """
+    try:
+        return [_unless_fault(outcome) for outcome in ray.get(list(calls))]
+    except DEATHS as death:
+        raise PlanError(
+            f"an actor died while {doing}: {_reason(death)} Every machine must have the kit; if memory ran out, take "
+            "fewer --actors."
+        ) from death
+
+
+def _reason(death: Exception) -> str:
+    """The last line of what Ray says, without its advice."""
+    text = str(death).strip().splitlines()[-1].partition(" Some common causes")[0]
+    return text if text.endswith(".") else f"{text}."
 
 
 def _unless_fault(outcome: Outcome | KitError) -> Outcome:

@@ -173,6 +173,21 @@ def test_a_window_that_kills_every_actor_ends_the_run(cluster, tiny_checkpoint, 
 
 
 @slow
+def test_an_actor_that_dies_before_there_is_work_ends_the_run(
+    cluster, tiny_checkpoint, rows, tmp_path, monkeypatch, capfd
+):
+    class Dying(ray_engine.ScoringActor):
+        def load(self, threads):
+            os._exit(1)
+
+    monkeypatch.setattr(ray_engine, "ScoringActor", Dying)
+    assert score(tiny_checkpoint, rows, "--output", tmp_path / "out.jsonl", *TWO) == 2
+    said = capfd.readouterr().err
+    assert "error: an actor died while it loaded the model: " in said and "fewer --actors." in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@slow
 def test_a_strict_run_writes_what_comes_before_the_fault(cluster, tiny_checkpoint, rows, local, tmp_path, capfd):
     broken = write_jsonl(tmp_path / "rows.jsonl", [*mixed_rows(3), "{broken", *mixed_rows(9)])
     outputs = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
