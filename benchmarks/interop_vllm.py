@@ -25,9 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OUR_DTYPES = ("float32", "bfloat16")
 DTYPES = ("float32", "float16", "bfloat16")
-# One process, no report to vLLM's makers, nothing fetched, and a CPU's cache small enough for a laptop.
+# No report to vLLM's makers, nothing fetched, and a CPU's cache small enough for a laptop.
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -54,11 +53,13 @@ def parse() -> argparse.Namespace:
     second = acts.add_parser("run", help="score the same with vLLM, and compare")
     second.add_argument("prepared", type=Path, metavar="FILE")
     second.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: all three")
+    second.add_argument("--tensor-parallel", default="1", metavar="N", help="shares of every weight (default 1)")
     second.set_defaults(act=run)
     one = acts.add_parser("one", help="what `run` starts for each: one model in one dtype, scores as a JSON line")
     one.add_argument("prepared", type=Path)
     one.add_argument("model")
     one.add_argument("dtype", choices=DTYPES)
+    one.add_argument("tensor_parallel", type=int)
     one.set_defaults(act=score_one)
     return parser.parse_args()
 
@@ -106,14 +107,24 @@ def run(arguments: argparse.Namespace) -> int:
         for dtype in arguments.dtypes:
             if dtype == "float32" and ours["layout"] != "16-bit":
                 continue
-            result: dict[str, Any] = {"model": Path(model).name} | kept | {"dtype": dtype} | noise
-            command = [sys.executable, __file__, "one", str(arguments.prepared), model, dtype]
+            result: dict[str, Any] = {"model": Path(model).name} | kept | {"dtype": dtype}
+            result |= {"tensor_parallel": int(arguments.tensor_parallel)} | noise
+            command = [
+                sys.executable,
+                __file__,
+                "one",
+                str(arguments.prepared),
+                model,
+                dtype,
+                arguments.tensor_parallel,
+            ]
             process = subprocess.run(command, env=ENVIRONMENT | os.environ, stdout=subprocess.PIPE, text=True)
             if process.returncode:
                 failed += 1
                 result["error"] = f"exit status {process.returncode}"
             else:
-                theirs = json.loads(process.stdout.splitlines()[-1])
+                lines = process.stdout.splitlines()  # vLLM's processes print there too
+                theirs = json.loads(next(line for line in reversed(lines) if line.startswith('{"scores"')))
                 result |= {"conversations": len(theirs["scores"]), "vllm": theirs["vllm"]}
                 result |= {"difference": compare(theirs["scores"], ours["float32"], std), "seconds": theirs["seconds"]}
             print(json.dumps(result), flush=True)
@@ -140,6 +151,7 @@ def score_one(arguments: argparse.Namespace) -> int:
         max_model_len=max(map(len, rows)),
         max_num_seqs=8,
         enforce_eager=True,
+        tensor_parallel_size=arguments.tensor_parallel,
     )
     outputs = model.encode(
         [{"prompt_token_ids": row} for row in rows],
