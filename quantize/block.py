@@ -138,7 +138,7 @@ def _leave(block: Block, stream: Stream, batches: Sequence[int], index: int) -> 
     for batch in batches:
         hidden = stream.read(batch, following=True)
         hidden = block.after_mlp(hidden, block.mlp_activation(block.mlp_input(hidden)))
-        check_finite(hidden, stream.batches[batch], f"block {index}, {stream.name}")
+        check_finite(hidden, stream.batches[batch], index, stream.name)
         stream.write(batch, hidden)
 
 

@@ -111,7 +111,9 @@ class Renderer:
             turns = turns[first_kept:]
             token_ids = self._encode([system, *turns])
         if len(token_ids) > self.max_positions:
-            remedy = "its last exchange alone does not fit" if truncate else "shorten it, or allow truncation"
+            remedy = "shorten it, or allow truncation (--truncate)" if len(turns) > 2 else "shorten it"
+            if truncate:
+                remedy = "its last exchange alone does not fit, so shorten that"
             raise ConversationError(
                 f"{where or 'conversation'}: {len(token_ids)} tokens, but the model has {self.max_positions} "
                 f"positions; {remedy}."

@@ -31,4 +31,10 @@ class JobError(KitError):
 
 
 class NonFiniteError(KitError):
-    """A NaN or an infinity, with the tensor, block or conversation that first showed it."""
+    """A NaN or an infinity, with the tensor, block or conversation that first showed it.
+
+    Attributes:
+        block: index of that block, where one did.
+    """
+
+    block: int | None = None

@@ -43,20 +43,34 @@ def pack_gptq(
     whole_words(codes.shape[0], bits, "in_features")
     whole_words(codes.shape[1], bits, "out_features")
     assert max(int(codes.max()), int(zeros.max())) < 1 << bits
-    qzeros = _pack(zeros, bits)
-    if checkpoint_format == "gptq":
-        if not bool((zeros > 0).all()):
-            raise ValueError("GPTQ format v1 has no unambiguous form for a zero of 0; keep zeros at 1 or above")
-        qzeros = qzeros - ONES[bits]
+    qzeros = pack_zeros(zeros, bits, checkpoint_format)
     stored_scales = scales.to(torch.float16)
     if not bool(stored_scales.isfinite().all()):
         raise ValueError(f"scales up to {float(scales.abs().max()):g} do not fit fp16")
     return {
-        "qweight": _pack(codes.t(), bits).t().contiguous(),
+        "qweight": pack_codes(codes, bits),
         "qzeros": qzeros,
         "scales": stored_scales.contiguous(),
         "g_idx": g_idx.to(torch.int32).contiguous(),
     }
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """qweight int32 [K*bits/32, N] of codes uint8 [K, N]."""
+    return _pack(codes.t(), bits).t().contiguous()
+
+
+def pack_zeros(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+    """qzeros int32 [G, N*bits/32] of true zeros uint8 [G, N].
+
+    Raises:
+        ValueError: a zero of 0 in format v1, which readers take for 2^bits.
+    """
+    if checkpoint_format != "gptq":
+        return _pack(zeros, bits)
+    if not bool((zeros > 0).all()):
+        raise ValueError("GPTQ format v1 has no unambiguous form for a zero of 0; keep zeros at 1 or above")
+    return _pack(zeros, bits) - ONES[bits]
 
 
 def unpack_gptq(tensors: Mapping[str, Tensor], bits: int, checkpoint_format: str = "gptq") -> tuple[Tensor, Tensor]:
@@ -184,7 +198,7 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
     """int32 [R, C*bits/32] to uint8 [R, C]. Works on bytes: an eighth of the traffic of 64-bit shifts."""
-    codes = words.contiguous().view(torch.uint8)
+    codes = words.contiguous().flatten().view(torch.uint8).view(len(words), -1)  # a lone column may have any stride
     return codes if bits == 8 else torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)
 
 

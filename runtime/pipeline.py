@@ -56,7 +56,7 @@ def _stage(share: ShareBlocks, last: int, halt: Event) -> Callable[[Chunk], Chun
                     raise Halted
                 block = share.resident[index]
                 hidden = block.at_scored(hidden, batch) if index == last else block(hidden, batch)
-                check_finite(hidden, batch, f"block {index}", scored=index == last)
+                check_finite(hidden, batch, index, scored=index == last)
         return batch, hidden
 
     return advance

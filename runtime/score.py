@@ -8,24 +8,20 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 from rich.console import Console
 
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.command import run_command
-from runtime.errors import ConversationError, NonFiniteError
-from runtime.machine_arguments import plan_scorer
+from runtime.engine import Engine, open_engine
+from runtime.errors import ConversationError
 from runtime.placement import Plan
-from runtime.placement_table import print_placement
-from runtime.scorable import Scorable
 from runtime.score_arguments import parse
 from runtime.score_file import ScoreFile
 from runtime.score_input import ScoreInput
 from runtime.score_progress import ScoreProgress
-from runtime.scored_row import Record, scored_record
-from runtime.scorer import Scorer
 from runtime.standard_output import StandardOutput
 from runtime.written import Written
 
@@ -44,25 +40,25 @@ def score(arguments: Namespace, console: Console) -> int:
     # 1. Look at model, machine, output and input, before anything heavy happens.
     checkpoint = open_checkpoint(model)
     begun = recipe_begun_with(arguments)
-    plan = plan_scorer(checkpoint, arguments, begun.get("token_budget"))
-    window = begun.get("window", plan.window_tokens)
-    with open_output(arguments, checkpoint, plan, window) as output:
-        rows = ScoreInput.open(arguments.file)
-        if earlier := output.written.rows:
-            console.print(f"resuming after row {earlier:,}")
-            rows.skip(earlier, output.written.input)
+    with open_engine(arguments, checkpoint, begun.get("token_budget"), console) as engine:
+        window = begun.get("window", engine.plan.window_tokens)
+        with open_output(arguments, checkpoint, engine.plan, window) as output:
+            rows = ScoreInput.open(arguments.file)
+            if earlier := output.written.rows:
+                console.print(f"resuming after row {earlier:,}")
+                rows.skip(earlier, output.written.input)
 
-        # 2. Load the model.
-        print_placement(plan, console)
-        scorer = Scorer(checkpoint, plan)
+            # 2. Load the model.
+            engine.show(console)
+            engine.load()
 
-        # 3. Score window by window; each counts once it is on disk.
-        total = rows.count() if console.is_terminal else None
-        with ScoreProgress(console, output.written, total, quiet=_shows_rows(arguments)) as progress:
-            score_windows(rows, window, scorer, output, progress, arguments)
+            # 3. Score window by window; each counts once it is on disk.
+            total = rows.count() if console.is_terminal else None
+            with ScoreProgress(console, output.written, total, quiet=_shows_rows(arguments)) as progress:
+                score_windows(rows, window, engine, output, progress, arguments)
 
-        # 4. Make the output what it is to be.
-        output.finish()
+            # 4. Make the output what it is to be.
+            output.finish()
 
     # 5. Say what came of it.
     announce(output.written, earlier, progress, arguments, console)
@@ -94,54 +90,21 @@ def open_output(arguments: Namespace, checkpoint: Checkpoint, plan: Plan, window
 def score_windows(
     rows: ScoreInput,
     tokens: int,
-    scorer: Scorer,
+    engine: Engine,
     output: ScoreFile | StandardOutput,
     progress: ScoreProgress,
     arguments: Namespace,
 ) -> None:
     """Read, score and write what is left of the input, `tokens` tokens at a time."""
-    for window in rows.windows(scorer.renderer, tokens=tokens, truncate=arguments.truncate, strict=arguments.strict):
-        records = score_window(scorer, window)
-        for row in window:
-            if row.error and arguments.strict:
-                raise ConversationError(row.error)
-            if row.error:
-                progress.complain(row.error)
-        output.write(records, sum(row.tokens for row in window), rows.digest)
-        progress.update(output.written)
-
-
-def score_window(scorer: Scorer, window: Sequence[Scorable]) -> list[Record]:
-    """Records of rendered rows, scored in one call.
-
-    Raises:
-        NonFiniteError: not one row has a finite score, so that it is the model's fault rather than a row's.
-    """
-    try:
-        scores = iter(_scores(scorer, window))
-    except NonFiniteError:
-        scores = iter(_scores_alone(scorer, window))
-    return [scored_record(row, [next(scores) for _ in row.rendered]) for row in window]
-
-
-def _scores(scorer: Scorer, rows: Sequence[Scorable]) -> list[float]:
-    rendered = [each for row in rows for each in row.rendered]
-    return scorer.score_rendered(rendered).tolist() if rendered else []
-
-
-def _scores_alone(scorer: Scorer, window: Sequence[Scorable]) -> list[float]:
-    """Of the rows that have finite ones; the others fail."""
-    scores: list[float] = []
-    faults: list[str] = []
-    for row in window:
-        try:
-            scores += _scores(scorer, [row])
-        except NonFiniteError as fault:
-            row.fail(fault)
-            faults.append(row.error)
-    if not scores:
-        raise NonFiniteError(faults[0])
-    return scores
+    windows = rows.windows(engine.renderer, tokens=tokens, truncate=arguments.truncate, strict=arguments.strict)
+    with closing(engine.scored((window, rows.digest) for window in windows)) as scored:
+        for records, digest in scored:
+            for error in (record["error"] for record in records if "error" in record):
+                if arguments.strict:
+                    raise ConversationError(error)
+                progress.complain(error)
+            output.write(records, sum(sum(record.get("tokens", ())) for record in records), digest)
+            progress.update(output.written)
 
 
 def announce(written: Written, earlier: int, progress: ScoreProgress, arguments: Namespace, console: Console) -> None:

@@ -40,6 +40,7 @@ examples:
   python -m runtime.score pairs.jsonl --model worldpm-72b-gptq-4bit --output scores.jsonl --resume
   python -m runtime.score best-of-n.parquet --output scores.csv
   python -m runtime.score pairs.jsonl --model WorldPM-72B --memory cpu=12GiB --stream     more model than memory
+  python -m runtime.score pairs.jsonl --model worldpm-72b-gptq-4bit --output scores.jsonl --engine ray --actors 4
   zcat logs.jsonl.gz | python -m runtime.score - | jq .margin
 
 exit status: 0 done, rows with errors counted; 2 an error that the message explains; 130 stopped, resumable
@@ -57,6 +58,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise PlanError("--resume was given without --output; name the file to go on with.")
     if arguments.output is not None and arguments.output.suffix not in SUFFIXES:
         raise PlanError(f"--output is {arguments.output}; a name that ends in {', '.join(SUFFIXES)} was expected.")
+    if arguments.actors is not None and arguments.engine != "ray":
+        raise PlanError("--actors was given, but only --engine ray has any; add that, or leave --actors out.")
+    if arguments.actors is not None and arguments.actors < 1:
+        raise PlanError(f"--actors is {arguments.actors}; at least 1 was expected.")
     check_machine(arguments)
     return arguments
 
@@ -66,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_rows(parser.add_argument_group("rows"))
     _add_output(parser.add_argument_group("output"))
     _add_machine(parser.add_argument_group("model and machine"))
+    _add_engine(parser.add_argument_group("more machines"))
     return parser
 
 
@@ -97,4 +103,20 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         group,
         "; four times as many, or more where blocks are streamed or split, are read, scored and written at a time, "
         "which is what a kill may cost",
+    )
+
+
+def _add_engine(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local (default), or ray: several models on the Ray cluster that RAY_ADDRESS names, or on this machine; "
+        "the kit and the checkpoint must be on every machine, at the same path",
+    )
+    group.add_argument(
+        "--actors",
+        type=int,
+        metavar="N",
+        help="models at a time with --engine ray (default: one a GPU, or one a machine)",
     )

@@ -15,6 +15,7 @@ class StandardOutput:
 
     def __init__(self) -> None:
         self.written = Written(recipe={}, threads=0)
+        self._stream = sys.stdout.buffer  # as it is now: an engine may send what others print elsewhere
 
     def __enter__(self) -> StandardOutput:
         return self
@@ -27,9 +28,14 @@ class StandardOutput:
 
         Raises:
             BrokenPipeError: nobody reads any more.
+            OSError: what it leads to is full or fails.
         """
-        sys.stdout.buffer.write(encode_jsonl(records))
-        sys.stdout.buffer.flush()
+        try:
+            self._stream.write(encode_jsonl(records))
+            self._stream.flush()
+        except OSError as error:
+            error.filename = "standard output"
+            raise
         self.written = self.written.plus(records, tokens, input_digest)
 
     def finish(self) -> None:

@@ -102,7 +102,7 @@ class Stream:
         """
         for index in range(len(self.batches)) if batches is None else batches:
             hidden = block(self.read(index), self.batches[index])
-            check_finite(hidden, self.batches[index], f"block {block_index}, {self.name}")
+            check_finite(hidden, self.batches[index], block_index, self.name)
             self.write(index, hidden)
 
     def turn_over(self) -> None:
@@ -156,7 +156,7 @@ def sweep(stream: Stream, blocks: Iterator[tuple[int, Block]], last: int, halt: 
                 raise Halted
             hidden = stream.read(number)
             hidden = block.at_scored(hidden, batch) if index == last else block(hidden, batch)
-            check_finite(hidden, batch, f"block {index}", scored=index == last)
+            check_finite(hidden, batch, index, scored=index == last)
             if index == last:
                 outputs.append(hidden)
             else:
@@ -182,8 +182,10 @@ def _buffer(shape: tuple[int, int], dtype: torch.dtype, file: Path | None, home:
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
 
 
-def check_finite(hidden: torch.Tensor, batch: PackedBatch, where: str, *, scored: bool = False) -> None:
-    """Raise NonFiniteError naming the first row of `batch` whose hidden states [T, H] are not all finite.
+def check_finite(
+    hidden: torch.Tensor, batch: PackedBatch, block: int, stream: str = "", *, scored: bool = False
+) -> None:
+    """Raise NonFiniteError naming the first row of `batch` whose hidden states [T, H] after `block` are not all finite.
 
     With `scored`, hidden is [S, H] at the scored tokens.
     """
@@ -191,10 +193,13 @@ def check_finite(hidden: torch.Tensor, batch: PackedBatch, where: str, *, scored
         return
     first = int((~torch.isfinite(hidden)).any(-1).nonzero()[0])
     row = batch.rows[first] if scored else batch.row_at(first)
-    raise NonFiniteError(
+    where = f"block {block}, {stream}" if stream else f"block {block}"
+    fault = NonFiniteError(
         f"{where}: a non-finite activation in conversation {row}; look for damaged weights in this block, "
         "or compute in float32 if the checkpoint is float16."
     )
+    fault.block = block
+    raise fault
 
 
 def read_blocks(checkpoint: Checkpoint, start: int = 0, *, prefetch: bool = True) -> Iterator[tuple[int, Tensors]]:

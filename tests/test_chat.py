@@ -78,6 +78,13 @@ def test_over_long_is_an_error_that_names_both_lengths(renderer):
         renderer.render(conversation("x" * 300, "r"), where="pairs.jsonl:3")
 
 
+def test_over_long_says_what_helps(renderer):
+    with pytest.raises(ConversationError, match=r"positions; shorten it\.$"):
+        renderer.render(conversation("x" * 300, "r"))
+    with pytest.raises(ConversationError, match=r"positions; shorten it, or allow truncation \(--truncate\)\.$"):
+        renderer.render(conversation("x" * 300, "r", "q", "r"))
+
+
 def test_truncation_drops_whole_oldest_turns_and_says_so(renderer):
     turns = conversation("x" * 80, "y" * 80, "z" * 40, "the end of the response")
     rendered = renderer.render(turns, truncate=True)

@@ -19,9 +19,10 @@ import torch
 
 from runtime.conversation import PreferencePair, parse_row
 from runtime.errors import NonFiniteError, PlanError
-from runtime.score import main, score_window
+from runtime.score import main
 from runtime.score_arguments import parse
 from runtime.score_input import ScoreInput
+from runtime.score_window import score_window
 from runtime.scorer import Scorer
 from tests.tiny_score import assistant, mixed_rows, read_jsonl, score, user, write_jsonl
 
@@ -226,7 +227,10 @@ def test_a_model_that_overflows_everywhere_ends_the_run(damaged, rows_file, tmp_
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     assert score(damaged, rows_file, "--output", tmp_path / "out.jsonl") == 2
-    assert "error: rows.jsonl:1: block 1" in capfd.readouterr().err
+    assert (
+        f"error: {damaged}: model.layers.1.mlp.down_proj.weight holds a NaN or an infinity; fetch"
+        in capfd.readouterr().err
+    )
     assert list(tmp_path.glob("out*")) == []
 
 
@@ -251,12 +255,20 @@ def test_a_window_is_scored_in_one_call(scorer, monkeypatch):
         (("--resume",), "--resume was given without --output"),
         (("--token-budget", "0"), "--token-budget is 0"),
         (("--model", "nowhere"), "nowhere"),
+        (("--actors", "2"), "--actors was given, but only --engine ray has any"),
+        (("--engine", "ray", "--actors", "0"), "--actors is 0; at least 1 was expected."),
     ],
 )
 def test_arguments_that_cannot_be(tiny_checkpoint, rows_file, tmp_path, monkeypatch, capfd, more, message):
     monkeypatch.chdir(tmp_path)
     assert score(tiny_checkpoint, rows_file, *more) == 2
     assert message in capfd.readouterr().err
+
+
+def test_ray_is_named_where_it_is_missing(tiny_checkpoint, rows_file, monkeypatch, capfd):
+    monkeypatch.setattr("runtime.engine.find_spec", lambda name: None)
+    assert score(tiny_checkpoint, rows_file, "--engine", "ray") == 2
+    assert "--engine ray needs Ray, which is not installed; pip install" in capfd.readouterr().err
 
 
 def test_an_input_that_is_not_there_is_told_before_the_model_is_loaded(tiny_checkpoint, tmp_path, monkeypatch, capfd):
@@ -291,7 +303,7 @@ def test_help_teaches(capsys):
     for word in ("probability_chosen", "--resume", "exit status: 0", "130", "responses", "examples:"):
         assert word in text
     examples = re.findall(r"-m runtime\.score (.*?)(?: {2}|\||$)", text.partition("examples:")[2], re.MULTILINE)
-    assert len(examples) == 6
+    assert len(examples) == 7
     for example in examples:
         parse(example.split())
 
@@ -311,7 +323,7 @@ def test_a_full_standard_output_is_an_error(tiny_checkpoint, rows_file):
     with open("/dev/full", "wb") as full:
         process = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert process.returncode == 2
-    assert process.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert process.stderr.splitlines()[-1] == "error: [Errno 28] No space left on device: 'standard output'"
 
 
 def test_pairs_are_read_as_everywhere_else(scored):

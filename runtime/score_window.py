@@ -1,0 +1,62 @@
+"""Scores of one window of rows: what every engine calls, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runtime.architecture import block_prefix
+from runtime.checkpoint import Checkpoint
+from runtime.errors import NonFiniteError
+from runtime.scorable import Scorable
+from runtime.scored_row import Record, scored_record
+from runtime.scorer import Scorer
+
+
+def score_window(scorer: Scorer, window: Sequence[Scorable]) -> list[Record]:
+    """Records of rendered rows, scored in one call.
+
+    Raises:
+        NonFiniteError: not one row has a finite score, so that it is the model's fault rather than a row's. Its message
+            names the tensor, if the checkpoint holds one that is not finite where it first showed.
+    """
+    try:
+        scores = iter(_scores(scorer, window))
+    except NonFiniteError:
+        scores = iter(_scores_alone(scorer, window))
+    return [scored_record(row, [next(scores) for _ in row.rendered]) for row in window]
+
+
+def _scores(scorer: Scorer, rows: Sequence[Scorable]) -> list[float]:
+    rendered = [each for row in rows for each in row.rendered]
+    return scorer.score_rendered(rendered).tolist() if rendered else []
+
+
+def _scores_alone(scorer: Scorer, window: Sequence[Scorable]) -> list[float]:
+    """Of the rows that have finite ones; the others fail."""
+    scores: list[float] = []
+    faults: list[NonFiniteError] = []
+    for row in window:
+        try:
+            scores += _scores(scorer, [row])
+        except NonFiniteError as fault:
+            row.fail(fault)
+            faults.append(fault)
+    if scores:
+        return scores
+    tensor = find_damage(scorer.checkpoint, faults[0].block)
+    first = next(row.error for row in window if row.error)
+    raise NonFiniteError(
+        f"{scorer.checkpoint.directory}: {tensor} holds a NaN or an infinity; fetch or write the model again."
+        if tensor
+        else first
+    )
+
+
+def find_damage(checkpoint: Checkpoint, block: int | None) -> str | None:
+    """The first tensor of a block, or of what is around the blocks, with a NaN or an infinity in it."""
+    around = ("model.norm.",) if block is None else ("model.embed_tokens.",) if block == 0 else ()
+    prefixes = around if block is None else (*around, block_prefix(block))
+    for name, stored in checkpoint.tensors.items():
+        if name.startswith(prefixes) and stored.dtype.is_floating_point and not checkpoint.read(name).isfinite().all():
+            return name
+    return None

@@ -1,0 +1,46 @@
+"""When not one row has a finite score, the tensor at fault is named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runtime.checkpoint import open_checkpoint
+from runtime.errors import NonFiniteError
+from runtime.score_input import ScoreInput
+from runtime.score_window import find_damage, score_window
+from runtime.scorer import Scorer
+from tests.damage import change_tensors
+from tests.tiny_score import assistant, user
+
+ROWS = [("f:1", {"prompt": "Q", "chosen": "yes", "rejected": "no"}), ("f:2", {"messages": [user("Q"), assistant("a")]})]
+DAMAGED = [
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.bias",
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.1.input_layernorm.weight",
+    "model.norm.weight",
+]
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_tensor_is_named_wherever_it_is(damaged, name):
+    change_tensors(damaged, lambda tensors: tensors[name].view(-1).fill_(float("nan")))
+    scorer = Scorer(open_checkpoint(damaged))
+    (window,) = ScoreInput(ROWS).windows(scorer.renderer, tokens=1000, truncate=False, strict=False)
+    with pytest.raises(NonFiniteError, match=f"{damaged}: {name} holds a NaN or an infinity; fetch or write"):
+        score_window(scorer, window)
+
+
+def test_a_model_that_only_overflows_is_told_by_row_and_block(damaged):
+    change_tensors(damaged, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(3e38))
+    scorer = Scorer(open_checkpoint(damaged))
+    (window,) = ScoreInput(ROWS).windows(scorer.renderer, tokens=1000, truncate=False, strict=False)
+    with pytest.raises(NonFiniteError, match="f:1: block 1: a non-finite activation in conversation [01]; look for"):
+        score_window(scorer, window)
+
+
+def test_a_whole_checkpoint_has_no_damage(tiny_checkpoint):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    assert [find_damage(checkpoint, block) for block in (None, 0, 1)] == [None] * 3
+    assert torch.isfinite(Scorer(checkpoint).score([[user("Q"), assistant("a")]])).all()
