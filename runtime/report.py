@@ -20,6 +20,15 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 def render_html(report: ParityReport) -> str:
     """One self-contained page: no script, nothing fetched, every text of the report escaped."""
+    return _render("parity.html", report)
+
+
+def render_sections(report: ParityReport) -> str:
+    """What that page says, without the page around it: to be shown in another one, under `templates/parity.css`."""
+    return _render("sections.html", report)
+
+
+def _render(template: str, report: ParityReport) -> str:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -28,7 +37,7 @@ def render_html(report: ParityReport) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("parity.html").render(
+    return environment.get_template(template).render(
         report=report,
         charts=charts,
         summary=summary,

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 
+from runtime.chat import Rendered
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.command import run_command
 from runtime.errors import ConversationError, NonFiniteError
@@ -28,6 +29,9 @@ from runtime.scored_row import Record, scored_record
 from runtime.scorer import Scorer
 from runtime.standard_output import StandardOutput
 from runtime.written import Written
+
+Score = Callable[[list[Rendered]], list[float]]
+"""Scores of conversations that are tokens already; raises NonFiniteError."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,7 +105,7 @@ def score_windows(
 ) -> None:
     """Read, score and write what is left of the input, `tokens` tokens at a time."""
     for window in rows.windows(scorer.renderer, tokens=tokens, truncate=arguments.truncate, strict=arguments.strict):
-        records = score_window(scorer, window)
+        records = score_window(lambda rendered: scorer.score_rendered(rendered).tolist(), window)
         for row in window:
             if row.error and arguments.strict:
                 raise ConversationError(row.error)
@@ -111,31 +115,31 @@ def score_windows(
         progress.update(output.written)
 
 
-def score_window(scorer: Scorer, window: Sequence[Scorable]) -> list[Record]:
-    """Records of rendered rows, scored in one call.
+def score_window(score: Score, window: Sequence[Scorable]) -> list[Record]:
+    """Records of rendered rows, scored in one call of `score`.
 
     Raises:
         NonFiniteError: not one row has a finite score, so that it is the model's fault rather than a row's.
     """
     try:
-        scores = iter(_scores(scorer, window))
+        scores = iter(_scores(score, window))
     except NonFiniteError:
-        scores = iter(_scores_alone(scorer, window))
+        scores = iter(_scores_alone(score, window))
     return [scored_record(row, [next(scores) for _ in row.rendered]) for row in window]
 
 
-def _scores(scorer: Scorer, rows: Sequence[Scorable]) -> list[float]:
+def _scores(score: Score, rows: Sequence[Scorable]) -> list[float]:
     rendered = [each for row in rows for each in row.rendered]
-    return scorer.score_rendered(rendered).tolist() if rendered else []
+    return score(rendered) if rendered else []
 
 
-def _scores_alone(scorer: Scorer, window: Sequence[Scorable]) -> list[float]:
+def _scores_alone(score: Score, window: Sequence[Scorable]) -> list[float]:
     """Of the rows that have finite ones; the others fail."""
     scores: list[float] = []
     faults: list[str] = []
     for row in window:
         try:
-            scores += _scores(scorer, [row])
+            scores += _scores(score, [row])
         except NonFiniteError as fault:
             row.fail(fault)
             faults.append(row.error)
