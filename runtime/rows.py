@@ -208,7 +208,9 @@ def _csv_rows(path: Path, keep_faults: bool) -> Iterator[tuple[str, Any]]:
 
 def _csv_row(cells: dict[str, str]) -> dict[str, Any]:
     """Cells are text. An empty one is a blank prompt or response, but no id and no category."""
-    row: dict[str, Any] = {name: cell for name, cell in cells.items() if cell or name in ("prompt", "chosen", "rejected")}
+    row: dict[str, Any] = {
+        name: cell for name, cell in cells.items() if cell or name in ("prompt", "chosen", "rejected")
+    }
     if "response" in cells and not row.get("chosen"):
         row = {name: row[name] for name in row if name not in ("prompt", "response", "chosen", "rejected")}
         turns = {"user": cells.get("prompt", ""), "assistant": cells["response"]}
