@@ -4,6 +4,6 @@ import os
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported, which would call home
 
-from runtime.page.document import make_page, mount_page  # noqa: E402
+from runtime.page.document import make_page, mount_page
 
 __all__ = ["make_page", "mount_page"]

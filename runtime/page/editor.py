@@ -12,7 +12,7 @@ from runtime.conversation import Message
 from runtime.page.waiting import QUICK
 
 Turn = dict[str, Any]
-"""`{"id": unlike any other's, "role": "user" or "assistant", "content": text, "focus": whether to begin typing there}`."""
+"""`{"id": unlike any other's, "role": as a message's, "content": text, "focus": whether to begin typing there}`."""
 
 _ids = count()
 

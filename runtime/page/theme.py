@@ -82,11 +82,10 @@ _VALUES = {
 
 
 def make_theme() -> Base:
-    """Values by name for light and dark alike: the variables that they name are what differs."""
+    """Values by name, for light and dark alike: the variables that they name are what differs."""
     theme = Base(font=SANS, font_mono=MONO)
-    body = {"body_background_fill": PAPER, "body_text_color": INK}
-    light = _VALUES | {name: colours[0] for name, colours in body.items()}
-    dark = _VALUES | {name: colours[1] for name, colours in body.items()}
-    theme.set(**{name: value for name, value in light.items()})
-    settable = theme.set.__code__.co_varnames
-    return theme.set(**{f"{name}_dark": value for name, value in dark.items() if f"{name}_dark" in settable})
+    for index, suffix in enumerate(("", "_dark")):
+        body = {"body_background_fill": PAPER[index], "body_text_color": INK[index]}
+        values = {f"{name}{suffix}": value for name, value in (_VALUES | body).items()}
+        theme.set(**{name: value for name, value in values.items() if hasattr(theme, name)})  # sizes have no dark one
+    return theme
