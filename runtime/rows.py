@@ -208,14 +208,12 @@ def _csv_rows(path: Path, keep_faults: bool) -> Iterator[tuple[str, Any]]:
 
 def _csv_row(cells: dict[str, str]) -> dict[str, Any]:
     """Cells are text. An empty one is a blank prompt or response, but no id and no category."""
-    row: dict[str, Any] = {
-        name: cell for name, cell in cells.items() if cell or name in ("prompt", "chosen", "rejected")
-    }
-    if "response" in cells and not row.get("chosen"):
-        row = {name: row[name] for name in row if name not in ("prompt", "response", "chosen", "rejected")}
-        turns = {"user": cells.get("prompt", ""), "assistant": cells["response"]}
-        row["messages"] = [{"role": role, "content": text} for role, text in turns.items()]
-    return row
+    texts = ("prompt", "chosen", "rejected", "response")
+    row: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and name not in texts}
+    if "response" in cells and not cells.get("chosen"):
+        turns = {"user": cells["prompt"], "assistant": cells["response"]}
+        return row | {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
+    return row | {name: cells[name] for name in texts[:3] if name in cells}
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -173,10 +173,8 @@ def open_link(text: str) -> list[Any]:
             return [gr.skip()] * 4
         messages = [{"role": turn["role"], "content": turn["content"]} for turn in shared["turns"]]
         texts = [shared["system"], shared["a"], shared["b"], *(each["content"] for each in messages)]
-        if not all(isinstance(each, str) for each in texts) or {each["role"] for each in messages} - {
-            "user",
-            "assistant",
-        }:
+        roles = {each["role"] for each in messages}
+        if not all(isinstance(each, str) for each in texts) or roles - {"user", "assistant"}:
             raise ConversationError("a turn is neither the user's nor the assistant's text")
     except (ValueError, KeyError, TypeError, RecursionError, KitError):
         gr.Warning("The link's inputs cannot be read; ask for it again.")

@@ -57,7 +57,7 @@ class Picture:
         if self.error is None:
             return ""
         if not self.preferred:
-            return f" Quantizing moves a margin by about {self.error:.2f}, so the original model may well prefer the other."
+            return f" Quantizing moves a margin by about {self.error:.2f}, so the original may well prefer the other."
         ratio = abs(self.margin) / self.error if self.error else 0.0
         times = f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
         return f" That is {times} times as far as quantizing moves a margin, {self.error:.2f}." if ratio else ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime.api.service import ServedModel
 from runtime.charts import Axis
-from runtime.conversation import Message
+from runtime.conversation import RESPONSES_SHAPE, Message
 from runtime.errors import ConversationError
 from runtime.preference import probability_preferred
 from runtime.rows import read_rows
@@ -71,9 +71,7 @@ def read_responses(path: Path) -> tuple[str, list[str]]:
     prompt, responses = "", []
     for where, row in read_rows(path):
         if not isinstance(row, dict):
-            raise ConversationError(
-                f'{where}: the row is no object; {{"prompt": "...", "responses": [...]}} was expected.'
-            )
+            raise ConversationError(f"{where}: the row is no object; {RESPONSES_SHAPE} was expected.")
         if "messages" in row:  # as CSV's columns of prompt and response are read
             row = {"prompt": row["messages"][0]["content"], "response": row["messages"][-1]["content"]}
         prompt = prompt or _text(row.get("prompt", ""), f"{where}: prompt")
@@ -85,9 +83,7 @@ def read_responses(path: Path) -> tuple[str, list[str]]:
         if len(responses) > MOST_RESPONSES:
             break
     if not responses:
-        raise ConversationError(
-            f"{path.name} has no response; rows with `responses`, or with `response`, were expected."
-        )
+        raise ConversationError(f"{path.name} has no response; such a row is {RESPONSES_SHAPE}.")
     return prompt, responses
 
 
