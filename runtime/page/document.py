@@ -64,7 +64,7 @@ def mount_page(
         head=read_head(),
         footer_links=[],
         run_history=False,
-        show_error=True,
+        show_error=False,
         max_file_size=longest_upload,
         favicon_path=str(HERE / "icon.png"),
         ssr_mode=False,
