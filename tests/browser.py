@@ -10,7 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
 TABS = ("Compare", "Best of N", "Batch", "Parity", "Model")
 WIDE, NARROW = (1280, 844), (390, 844)
 
@@ -43,6 +45,7 @@ class Visit:
         self.context = browser.new_context(
             viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, accept_downloads=True
         )
+        self.context.set_default_timeout(15_000)
         self.page = self.context.new_page()
         self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).hostname or ""))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))

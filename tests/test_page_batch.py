@@ -82,7 +82,7 @@ def test_what_is_not_what_its_name_says_is_an_answer_and_never_opened(model, pag
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(contents[kind])
     *_, last = score_upload(page_service, None, str(path), False)
-    assert "class=\"notice\"" in last[1] or 'class="bad"' in last[1] or "0 rows scored" in last[1]
+    assert 'class="notice"' in last[1] or 'class="bad"' in last[1] or "0 rows scored" in last[1]
     assert not (tmp_path / "ran").exists()
     after = write_jsonl(tmp_path / "good.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "b"}])
     assert "1 rows scored" in list(score_upload(page_service, None, str(after), False))[-1][1]

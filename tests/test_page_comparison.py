@@ -22,7 +22,9 @@ USER = [{"role": "user", "content": "the question"}]
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(1)> ${7*7} {{7*7}}"
 
 
-def show(service: Service, *, system: str = "", turns=USER, a: str = "yes", b: str = "no, and the answer is early") -> str:
+def show(
+    service: Service, *, system: str = "", turns=USER, a: str = "yes", b: str = "no, and the answer is early"
+) -> str:
     return asyncio.run(show_comparison(service, system, turns, (a, b)))
 
 
@@ -51,7 +53,9 @@ def test_stored_reference_scores_are_used_where_they_know_the_conversation(page_
     packed = page_service.get(None)
     row = next(iter((page_models[0] / "parity_pairs.jsonl").read_text().splitlines()))
     pair = parse_row(json.loads(row))
-    rows = asyncio.run(compare(page_service, pair.prompt, [each[-1]["content"] for each in (pair.chosen, pair.rejected)]))
+    rows = asyncio.run(
+        compare(page_service, pair.prompt, [each[-1]["content"] for each in (pair.chosen, pair.rejected)])
+    )
     assert rows[0].reference_name == "stored"
     assert rows[0].reference == packed.variant.stored_scores(packed.variant.render(pair))
     html = show(page_service, turns=pair.prompt, a=pair.chosen[-1]["content"], b=pair.rejected[-1]["content"])

@@ -29,7 +29,15 @@ def test_everything_lies_on_the_axis(a, b, error):
 
 @pytest.mark.parametrize(
     ("margin", "error", "preferred"),
-    [(1.0, 0.5, "A"), (-1.0, 0.5, "B"), (0.5, 0.5, ""), (-0.4, 0.5, ""), (0.1, None, "A"), (0.0, None, ""), (0.1, 0.0, "A")],
+    [
+        (1.0, 0.5, "A"),
+        (-1.0, 0.5, "B"),
+        (0.5, 0.5, ""),
+        (-0.4, 0.5, ""),
+        (0.1, None, "A"),
+        (0.0, None, ""),
+        (0.1, 0.0, "A"),
+    ],
 )
 def test_a_margin_within_the_parity_error_is_too_close_to_call(margin, error, preferred):
     picture = draw(margin, 0.0, error)
@@ -72,7 +80,13 @@ def test_a_histogram_of_equal_values_is_one_bar():
 
 def test_numbers_as_they_are_written():
     assert [signed(value) for value in (1.2345, -0.5, 0.0, -0.0001)] == ["+1.234", "−0.500", "0.000", "0.000"]
-    assert [percent(share) for share in (0.0, 0.0001, 0.5, 0.9999, 1.0)] == ["0 %", "under 1 %", "50 %", "over 99 %", "100 %"]
+    assert [percent(share) for share in (0.0, 0.0001, 0.5, 0.9999, 1.0)] == [
+        "0 %",
+        "under 1 %",
+        "50 %",
+        "over 99 %",
+        "100 %",
+    ]
     assert [duration(seconds) for seconds in (0.4216, 12.4, 200)] == ["0.42 s", "12 s", "3 min 20 s"]
 
 

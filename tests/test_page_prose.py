@@ -46,7 +46,7 @@ def check_harmless(text: str) -> None:
         "![a picture](https://example.com/a.png)",
         "[link](javascript:alert(1)) [other](JaVaScRiPt:alert(1)) <javascript:alert(1)>",
         "[x](data:text/html;base64,PHNjcmlwdD4=)",
-        "```\"><script>alert(1)</script>\ncode\n```",
+        '```"><script>alert(1)</script>\ncode\n```',
         "[a]: javascript:alert(1)\n\n[a]",
         "<svg><style>*{background:url(https://example.com)}</style></svg>",
         '[x](https://example.com "\\" onmouseover=alert(1)")',

@@ -22,9 +22,10 @@ def best_of_n_tab(service: Service) -> Awaiting:
     """Lay it out."""
     with gr.Column(elem_id="best-inputs", elem_classes="inputs"):
         choice, filled = model_choice(service)
-        prompt = gr.Textbox(label="Prompt", lines=3, max_lines=14, placeholder="What the user asks")
+        prompt = gr.Textbox("", label="Prompt", lines=3, max_lines=14, placeholder="What the user asks")
         with gr.Row(elem_classes="best", equal_height=True):
             pasted = gr.Textbox(
+                "",
                 label="Responses",
                 info=f"One after the other, with a line {SEPARATOR} between two",
                 lines=11,

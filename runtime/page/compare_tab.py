@@ -47,9 +47,9 @@ def compare_tab(service: Service, page: gr.Blocks) -> Awaiting:
             view = gr.Checkbox(label="Show responses as Markdown", elem_classes="view", scale=0)
         with gr.Accordion("System prompt", open=False, elem_classes="system"):
             system = gr.Textbox(
-                label="System prompt", lines=2, max_lines=8, info="The model was trained with an empty one."
+                "", label="System prompt", lines=2, max_lines=8, info="The model was trained with an empty one."
             )
-        turns = gr.State(first_turns)
+        turns = gr.State(first_turns())
         place = gr.Column(elem_classes="turns")
         add = gr.Button("Add a turn", size="sm", elem_classes="quiet add", scale=0)
         with gr.Row(elem_classes="responses", equal_height=True):
@@ -66,14 +66,14 @@ def compare_tab(service: Service, page: gr.Blocks) -> Awaiting:
     result = html_block(elem_id="compare-result", elem_classes="live")
     _listen(service, inputs, place, add, run, link, result)
     _edit(inputs, view, panes, example, swap, clear)
-    opened = gr.Textbox(visible=False)
+    opened = gr.Textbox("", visible=False)
     page.load(open_link, opened, inputs.all, js="() => worldpm.opened()", **QUICK)
     return Awaiting([run], lambda: [gr.update(interactive=True)])
 
 
 def _response(name: str) -> tuple[gr.Textbox, gr.HTML]:
     with gr.Column(elem_classes=["response", f"side-{name.lower()}"], min_width=280):
-        box = gr.Textbox(label=f"Response {name}", lines=7, max_lines=24, elem_classes="grow")
+        box = gr.Textbox("", label=f"Response {name}", lines=7, max_lines=24, elem_classes="grow")
         pane = html_block(visible=False, elem_classes="pane", label=f"Response {name}")
     return box, pane
 
