@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 from argparse import Namespace
@@ -42,6 +43,7 @@ def serve(arguments: Namespace, console: Console) -> int:
     port = listener.getsockname()[1]
 
     # 2. Make API and page, over models that are still to come.
+    bound_kernel_caches()
     logging.basicConfig(handlers=[journal.JournalHandler()], level=logging.WARNING)
     service = Service(arguments.queue_tokens)
     api = make_api(
@@ -70,6 +72,16 @@ def serve(arguments: Namespace, console: Console) -> int:
     service.close()
     journal.write("stopped")
     return 2 if service.failure else 0
+
+
+def bound_kernel_caches() -> None:
+    """Have torch's CPU products keep few kernels.
+
+    They make one for each shape and keep the last 1,024, in two caches; batches of requests have ever new shapes, so
+    that a server would grow by more than a gigabyte. All blocks of a batch share its shapes, so few are enough.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read at the first product
+        os.environ.setdefault(name, "64")
 
 
 def hosts_of(arguments: Namespace) -> set[str] | None:

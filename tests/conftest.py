@@ -11,6 +11,7 @@ import torch
 
 from runtime.api.service import Service
 from tests.browser import browser
+from tests.served import serve
 from tests.tiny import write_tiny_checkpoint
 
 
@@ -67,3 +68,11 @@ def chromium() -> Iterator[Any]:
     """One browser for all tests."""
     with browser() as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def service(tiny_checkpoint: Path) -> Iterator[Service]:
+    """The tiny checkpoint, served as `tiny`. Shared by all tests: what changes it makes its own."""
+    service = serve(tiny_checkpoint)
+    yield service
+    service.close()

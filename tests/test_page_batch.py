@@ -148,9 +148,9 @@ def test_a_visitor_who_leaves_stops_the_job(page_service, tmp_path):
 
 def test_the_table_shows_bad_rows_and_what_there_is(model, tmp_path):
     rows = [{"prompt": "Q", "chosen": "<b>a</b>", "rejected": "b"}, {"prompt": "<script>alert(1)</script>"}]
-    html = show_batch(whole(model, write_jsonl(tmp_path / "rows.jsonl", rows)))
+    html = show_batch(whole(model, write_jsonl(tmp_path / "<img>.jsonl", rows)))
     assert "1 of 2 rows scored" in html and html.count('class="bad"') == 1
-    assert "<script" not in html
+    assert "<script" not in html and "<img" not in html and "&lt;img&gt;.jsonl:1" in html
     assert columns_of([{"score": 1.0}]) == ["row", "score", "tokens", "remark"]
     assert "margin" in columns_of([{"margin": 1.0, "category": "x"}])
 

@@ -205,11 +205,8 @@ def test_a_script_in_every_text_field_stays_text(visit, tmp_path):
         box.fill(f"{ATTACK}\n===\n{ATTACK} again")
     page.locator("#best-run").click()
     assert "<script>" in visit.result("best").inner_text()
-    visit.tab("Batch")
     rows = [{"prompt": ATTACK, "id": ATTACK, "category": ATTACK, "chosen": ATTACK, "rejected": "b"}, {ATTACK: ATTACK}]
-    page.locator("#batch-inputs input[type=file]").set_input_files(write_jsonl(tmp_path / "a<b>.jsonl", rows))
-    page.get_by_text(".jsonl", exact=False).nth(1).wait_for()
-    page.locator("#batch-run").click()
+    upload(visit, write_jsonl(tmp_path / "rows.jsonl", rows))
     assert "<script>" in visit.result("batch").inner_text()
     assert page.locator("main script, main img[src=x]").count() == 0
     assert page.title() == "worldpm-kit"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
-from fastapi import Depends, FastAPI
-from fastapi.security import HTTPBasic, HTTPBearer
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from runtime.api import classify, comparisons, embeddings, pooling, ranking, rewards, scores, state
@@ -51,13 +49,17 @@ def make_api(
         docs_url=None,
         redoc_url=None,
         separate_input_output_schemas=False,
-        dependencies=_documented_key() if key else [],
     )
     handle_faults(api)
     for module in (scores, comparisons, rewards, pooling, ranking, classify, embeddings, state):
         api.include_router(module.router)
     add_documentation(api)
-    documented = api.openapi()["paths"]
+    document = api.openapi()
+    if key is not None:
+        schemes = {scheme: {"type": "http", "scheme": scheme} for scheme in ("bearer", "basic")}
+        document["components"]["securitySchemes"] = schemes
+        document["security"] = [{scheme: []} for scheme in schemes]
+    documented = document["paths"]
     metrics = Metrics(service)
     traffic = Traffic({*documented, "/docs", "/openapi.json"}, metrics)
     api.state.service, api.state.limits, api.state.metrics = service, limits, metrics
@@ -75,8 +77,3 @@ def make_api(
         )
     api.add_middleware(TrafficMiddleware, traffic=traffic)
     return api
-
-
-def _documented_key() -> list[Any]:
-    """For the OpenAPI document alone: the middleware asks for the key."""
-    return [Depends(HTTPBearer(auto_error=False)), Depends(HTTPBasic(auto_error=False))]

@@ -34,9 +34,7 @@ class Busy(KitError):
 class Model(Protocol):
     """What the batcher asks of a model."""
 
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens that a call should bring."""
+    batch_tokens: int  # that a call should bring
 
     def score(self, rendered: Sequence[Rendered]) -> list[float]:
         """One score a conversation. Called by the batcher's thread alone.
@@ -178,7 +176,7 @@ class Batcher:
         for request in [each for each in self._queue if each.model is model]:
             rows = request.take(left if batch else max(left, len(request.rendered[request.taken].token_ids)))
             if not rows:
-                break
+                continue
             left -= count_tokens(rows)
             batch.append((request, rows))
             self._queue.remove(request)

@@ -9,16 +9,28 @@ from typing import Annotated, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field, model_validator
 
-from runtime.api.faults import RESPONSES
-from runtime.api.schema import ForeignBody, Messages, ModelName, OneOrMore, RawScores, Usage, as_list
+from runtime.api.faults import FAULTS
+from runtime.api.schema import (
+    POLICY_TEXTS,
+    ForeignBody,
+    Messages,
+    ModelName,
+    OneOrMore,
+    RawScores,
+    Usage,
+    as_list,
+    example,
+)
 from runtime.api.scoring import Asked
 from runtime.api.texts import read_input, read_texts
 
-router = APIRouter(tags=["SGLang", "vLLM"], responses=RESPONSES)
+router = APIRouter(tags=["SGLang", "vLLM"], responses=FAULTS)
 
 
 class ClassifyRequest(ForeignBody):
     """One of `text`, `input` and `messages`."""
+
+    model_config = example({"text": POLICY_TEXTS})
 
     text: Annotated[OneOrMore | None, Field(description="SGLang's: conversations in some template.")] = None
     input: Annotated[OneOrMore | None, Field(description="vLLM's: conversations in some template.")] = None

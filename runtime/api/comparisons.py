@@ -7,27 +7,28 @@ from typing import Annotated, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field, model_validator
 
-from runtime.api.faults import RESPONSES
-from runtime.api.schema import Message, ModelName, OwnBody
+from runtime.api.faults import FAULTS
+from runtime.api.schema import PROMPT, RESPONSES, Message, ModelName, OwnBody, example
 from runtime.api.scoring import Asked, Conversation, Scored
 from runtime.conversation import Message as Turn
 from runtime.preference import probability_preferred
 
-router = APIRouter(tags=["worldpm-kit"], responses=RESPONSES)
+router = APIRouter(tags=["worldpm-kit"], responses=FAULTS)
 
 Prompt = Annotated[
     str | Annotated[list[Message], Field(min_length=1)],
-    Field(description="A question, or the turns before the response.", examples=["Tips for better sleep?"]),
+    Field(
+        description="A question, or the turns before the response.",
+    ),
 ]
-Response = Annotated[str, Field(examples=["Keep a regular bedtime."])]
 
 
 class Pair(OwnBody):
     """Two responses to one prompt."""
 
     prompt: Prompt
-    response_a: Response
-    response_b: Response
+    response_a: str
+    response_b: str
 
     def turns(self) -> list[Turn]:
         """The prompt as turns."""
@@ -39,9 +40,11 @@ class Pair(OwnBody):
 class ComparisonsRequest(OwnBody):
     """A pair, or several under `pairs`."""
 
+    model_config = example({"prompt": PROMPT, "response_a": RESPONSES[0], "response_b": RESPONSES[1]})
+
     prompt: Prompt | None = None
-    response_a: Response | None = None
-    response_b: Response | None = None
+    response_a: str | None = None
+    response_b: str | None = None
     pairs: Annotated[list[Pair], Field(min_length=1)] | None = None
     model: ModelName = None
     truncate: bool = False

@@ -9,20 +9,20 @@ from typing import Annotated, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from runtime.api.faults import RESPONSES
-from runtime.api.schema import ForeignBody, ModelName, OneOrMore, Usage
+from runtime.api.faults import FAULTS
+from runtime.api.schema import POLICY_TEXTS, ForeignBody, ModelName, OneOrMore, Usage, example
 from runtime.api.scoring import Asked
 from runtime.api.texts import read_input
 
-router = APIRouter(tags=["OpenAI"], responses=RESPONSES)
-
-_INPUT = "<|im_start|>user\nTips for better sleep?<|im_end|>\n<|im_start|>assistant\nKeep a regular bedtime.<|im_end|>"
+router = APIRouter(tags=["OpenAI"], responses=FAULTS)
 
 
 class EmbeddingsRequest(ForeignBody):
     """Conversations in some template."""
 
-    input: Annotated[OneOrMore, Field(description="Conversations in ChatML or Llama-3's template.", examples=[_INPUT])]
+    model_config = example({"input": POLICY_TEXTS, "encoding_format": "float"})
+
+    input: Annotated[OneOrMore, Field(description="Conversations in ChatML or Llama-3's template.")]
     model: ModelName = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Literal[1] | None = None

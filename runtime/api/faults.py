@@ -51,7 +51,7 @@ _REASONS = {
     500: "A score is not finite, or the server failed.",
     503: "The model is not loaded yet, or the server is stopping.",
 }
-RESPONSES: dict[int | str, dict[str, Any]] = {
+FAULTS: dict[int | str, dict[str, Any]] = {
     status: {"model": FaultAnswer, "description": reason} for status, reason in _REASONS.items()
 }
 """What an endpoint that scores can answer other than 200, for the OpenAPI document."""

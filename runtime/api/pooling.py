@@ -9,16 +9,18 @@ from typing import Annotated, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field, model_validator
 
-from runtime.api.faults import RESPONSES
-from runtime.api.schema import ForeignBody, Messages, ModelName, OneOrMore, RawScores, Usage
+from runtime.api.faults import FAULTS
+from runtime.api.schema import POLICY_TEXTS, ForeignBody, Messages, ModelName, OneOrMore, RawScores, Usage, example
 from runtime.api.scoring import Asked
 from runtime.api.texts import read_input
 
-router = APIRouter(tags=["vLLM"], responses=RESPONSES)
+router = APIRouter(tags=["vLLM"], responses=FAULTS)
 
 
 class PoolingRequest(ForeignBody):
     """Texts in some template, or one conversation."""
+
+    model_config = example({"input": POLICY_TEXTS, "task": "token_classify", "use_activation": False})
 
     model: ModelName = None
     input: Annotated[OneOrMore | None, Field(description="Conversations in ChatML or Llama-3's template.")] = None

@@ -9,20 +9,20 @@ from typing import Annotated, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, Field, model_validator
 
-from runtime.api.faults import RESPONSES, Fault
-from runtime.api.schema import ForeignBody, ModelName, OneOrMore, RawScores, Usage, as_list
+from runtime.api.faults import FAULTS, Fault
+from runtime.api.schema import PROMPT, RESPONSES, ForeignBody, ModelName, OneOrMore, RawScores, Usage, as_list, example
 from runtime.api.scoring import Asked, Conversation
 
-router = APIRouter(tags=["vLLM"], responses=RESPONSES)
-
-_QUERY, _DOCUMENTS = "Tips for better sleep?", ["Keep a regular bedtime.", "idk lol"]
+router = APIRouter(tags=["vLLM"], responses=FAULTS)
 
 
 class ScoreRequest(ForeignBody):
     """Queries and the documents that respond to them: as many, or one query for all."""
 
-    queries: Annotated[OneOrMore | None, Field(examples=[_QUERY])] = None
-    documents: Annotated[OneOrMore | None, Field(examples=[_DOCUMENTS])] = None
+    model_config = example({"queries": PROMPT, "documents": RESPONSES})
+
+    queries: OneOrMore | None = None
+    documents: OneOrMore | None = None
     text_1: Annotated[OneOrMore | None, Field(description="Another name of `queries`.")] = None
     text_2: Annotated[OneOrMore | None, Field(description="Another name of `documents`.")] = None
     model: ModelName = None
@@ -80,8 +80,10 @@ async def score_documents(body: ScoreRequest, asked: Asked) -> ScoreAnswer:
 class RerankRequest(ForeignBody):
     """A query and the documents to rank as responses to it."""
 
-    query: Annotated[str, Field(examples=[_QUERY])]
-    documents: Annotated[list[str], Field(min_length=1, examples=[_DOCUMENTS])]
+    model_config = example({"query": PROMPT, "documents": RESPONSES, "top_n": 1})
+
+    query: str
+    documents: Annotated[list[str], Field(min_length=1)]
     top_n: Annotated[int, Field(ge=0, description="Give the best alone; 0 for all.")] = 0
     model: ModelName = None
     use_activation: RawScores = None

@@ -7,20 +7,20 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field, model_validator
 
-from runtime.api.faults import RESPONSES
-from runtime.api.schema import ForeignBody, OneOrMore, as_list
+from runtime.api.faults import FAULTS
+from runtime.api.schema import POLICY_PROMPT, POLICY_TEXTS, ForeignBody, OneOrMore, as_list, example
 from runtime.api.scoring import Asked
 from runtime.api.texts import read_texts
 
-router = APIRouter(tags=["OpenRLHF"], responses=RESPONSES)
-
-_QUERY = "<|im_start|>user\nTips for better sleep?<|im_end|>\n<|im_start|>assistant\nKeep a regular bedtime.<|im_end|>"
+router = APIRouter(tags=["OpenRLHF"], responses=FAULTS)
 
 
 class RewardRequest(ForeignBody):
     """Samples of a policy."""
 
-    query: Annotated[OneOrMore, Field(description="Prompt and response, special tokens and all.", examples=[[_QUERY]])]
+    model_config = example({"query": POLICY_TEXTS, "prompts": [POLICY_PROMPT] * 2, "labels": ["", ""]})
+
+    query: Annotated[OneOrMore, Field(description="Prompt and response, special tokens and all.")]
     prompts: Annotated[
         OneOrMore | None,
         Field(description="What of each query was given to the policy. All that follows it is the response."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,6 +19,18 @@ class OwnBody(BaseModel):
     """Of a request in the kit's own shape, where a field that it does not know is a mistake."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+PROMPT, RESPONSES = "Tips for better sleep?", ["Keep a regular bedtime.", "idk lol"]
+"""What examples are about."""
+POLICY_PROMPT = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
+POLICY_TEXTS = [f"{POLICY_PROMPT}{response}<|im_end|>" for response in RESPONSES]
+CONVERSATION = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": RESPONSES[0]}]
+
+
+def example(body: dict[str, Any]) -> ConfigDict:
+    """Configuration of a request's model, so that the OpenAPI document shows how to ask."""
+    return ConfigDict(json_schema_extra={"examples": [body]})
 
 
 class Message(BaseModel):
@@ -39,12 +51,6 @@ Messages = Annotated[
     Field(
         min_length=2,
         description="A conversation that ends in the response to be judged, an assistant turn.",
-        examples=[
-            [
-                {"role": "user", "content": "Tips for better sleep?"},
-                {"role": "assistant", "content": "Keep a regular bedtime."},
-            ]
-        ],
     ),
 ]
 ModelName = Annotated[str | None, Field(description="One of `/v1/models`; without it, the first.")]

@@ -7,15 +7,17 @@ from typing import Annotated
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
-from runtime.api.faults import RESPONSES
-from runtime.api.schema import Messages, ModelName, OwnBody
+from runtime.api.faults import FAULTS
+from runtime.api.schema import CONVERSATION, Messages, ModelName, OwnBody, example
 from runtime.api.scoring import Asked, Conversation
 
-router = APIRouter(tags=["worldpm-kit"], responses=RESPONSES)
+router = APIRouter(tags=["worldpm-kit"], responses=FAULTS)
 
 
 class ScoresRequest(OwnBody):
     """Conversations to score."""
+
+    model_config = example({"conversations": [CONVERSATION]})
 
     conversations: Annotated[list[Messages], Field(min_length=1)]
     model: ModelName = None

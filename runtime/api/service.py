@@ -23,6 +23,9 @@ class ServedModel:
         conversations: scored since the start.
         tokens: scored since the start; what conversations share is counted for each.
         busy_seconds: spent on them.
+        batch_tokens: that one call should bring.
+        error_margin: how far a margin is from the unquantized model's, root mean square over the pairs of the parity
+            report, in units of the score; None without a report.
     """
 
     def __init__(self, name: str, variant: Variant, scorer: Scorer, batcher: Batcher):
@@ -32,13 +35,9 @@ class ServedModel:
         self.conversations = 0
         self.tokens = 0
         self.busy_seconds = 0.0
+        self.batch_tokens = scorer.plan.window_tokens
         self.error_margin = _error_margin(variant)
         self._batcher = batcher
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens that one call should bring."""
-        return self.scorer.plan.window_tokens
 
     def submit(self, rendered: Sequence[Rendered]) -> Future[list[float]]:
         """Scores, one a conversation, when their turn has come. Cancelling the future frees its place in the queue.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Collection
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -12,6 +14,7 @@ from runtime.api.faults import Fault
 from runtime.api.metrics import Metrics
 
 GONE = 499  # the client went away before it was answered
+DRAIN_SECONDS = 2  # for the body of a request that is turned away
 _PAGE = "page"
 
 
@@ -55,9 +58,7 @@ class TrafficMiddleware:
                 status = message["status"]
             await send(message)
 
-        app: ASGIApp = self._app
-        if traffic.stopping:
-            app = Fault(503, "The server is stopping.", retry_after=5).response({"Connection": "close"})
+        app = _turn_away if traffic.stopping else self._app
         traffic.in_flight += endpoint != _PAGE
         try:
             await app(scope, receive, watched)
@@ -79,3 +80,15 @@ class TrafficMiddleware:
             client=client[0] if client else None,
             **scope.get("worldpm.scored", {}),
         )
+
+
+async def _turn_away(scope: Scope, receive: Receive, send: Send) -> None:
+    """Closing a connection that has unread bytes resets it, and takes the answer away again; so they are read."""
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(_read_off(receive), DRAIN_SECONDS)
+    await Fault(503, "The server is stopping.", retry_after=5).response({"Connection": "close"})(scope, receive, send)
+
+
+async def _read_off(receive: Receive) -> None:
+    while (await receive()).get("more_body"):
+        pass

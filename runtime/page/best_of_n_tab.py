@@ -13,7 +13,7 @@ from runtime.errors import KitError
 from runtime.page.comparison import read_turns
 from runtime.page.markup import fill, html_block, notice
 from runtime.page.ranking import SEPARATOR, bar_axis, join_responses, rank, read_responses, split_responses
-from runtime.page.waiting import QUICK, SCORING, Awaiting, model_choice
+from runtime.page.waiting import QUICK, Awaiting, model_choice
 
 UPLOADS = [".jsonl", ".json", ".csv", ".parquet"]
 
@@ -49,7 +49,8 @@ def best_of_n_tab(service: Service) -> Awaiting:
     async def ranking(name: str | None, prompt: str, pasted: str) -> str:
         return await show_ranking(service, name, prompt, pasted)
 
-    run.click(ranking, [choice, prompt, pasted], result, js="(...texts) => worldpm.asked(texts, 'best')", **SCORING)
+    asked, answered = "(...texts) => worldpm.asked(texts, 'best')", "() => worldpm.answered('best')"
+    run.click(ranking, [choice, prompt, pasted], result, js=asked, **QUICK).then(None, js=answered)
     upload.upload(take_upload, [upload, prompt], [prompt, pasted, result], **QUICK)
     clear.click(lambda: ["", "", None, ""], None, [prompt, pasted, upload, result], **QUICK)
     return Awaiting([run, choice], lambda: [gr.update(interactive=True), filled()])

@@ -16,11 +16,11 @@ from runtime.page.editor import Turn, add_turn, first_turns, make_editor, messag
 from runtime.page.examples import EXAMPLES
 from runtime.page.markup import fill, html_block, notice
 from runtime.page.prose import to_html
-from runtime.page.waiting import QUICK, SCORING, Awaiting
+from runtime.page.waiting import QUICK, Awaiting
 from runtime.preference import probability_preferred
 from runtime.scored_pair import Scores
 
-EDITED = "() => worldpm.edited()"
+EDITED, ANSWERED = "() => worldpm.edited()", "() => worldpm.answered()"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,12 @@ def compare_tab(service: Service, page: gr.Blocks) -> Awaiting:
             view = gr.Checkbox(label="Show responses as Markdown", elem_classes="view", scale=0)
         with gr.Accordion("System prompt", open=False, elem_classes="system"):
             system = gr.Textbox(
-                "", label="System prompt", lines=2, max_lines=8, info="The model was trained with an empty one."
+                "",
+                label="System prompt",
+                lines=2,
+                max_lines=8,
+                interactive=True,
+                info="The model was trained with an empty one.",
             )
         turns = gr.State(first_turns())
         place = gr.Column(elem_classes="turns")
@@ -73,7 +78,7 @@ def compare_tab(service: Service, page: gr.Blocks) -> Awaiting:
 
 def _response(name: str) -> tuple[gr.Textbox, gr.HTML]:
     with gr.Column(elem_classes=["response", f"side-{name.lower()}"], min_width=280):
-        box = gr.Textbox("", label=f"Response {name}", lines=7, max_lines=24, elem_classes="grow")
+        box = gr.Textbox("", label=f"Response {name}", lines=7, max_lines=24, interactive=True, elem_classes="grow")
         pane = html_block(visible=False, elem_classes="pane", label=f"Response {name}")
     return box, pane
 
@@ -86,7 +91,7 @@ def _listen(
             return await show_comparison(service, system, messages_of(turns, texts), (a, b))
 
         texts = [inputs.system, inputs.response_a, inputs.response_b, *boxes]
-        run.click(comparison, texts, result, js="(...texts) => worldpm.asked(texts)", **SCORING)
+        run.click(comparison, texts, result, js="(...texts) => worldpm.asked(texts)", **QUICK).then(None, js=ANSWERED)
         add.click(lambda *texts: add_turn(turns, texts), boxes, inputs.turns, **QUICK).then(None, js=EDITED)
         roles = json.dumps([turn["role"] for turn in turns])
         link.click(None, texts, js=f"(...texts) => worldpm.share({roles}, texts)")

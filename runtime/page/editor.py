@@ -72,6 +72,7 @@ def make_editor(turns: gr.State, listen: Callable[[list[Turn], list[gr.Textbox]]
                         label=f"Turn {number}, {turn['role']}",
                         lines=2,
                         max_lines=14,
+                        interactive=True,
                         autofocus=turn["focus"],
                         placeholder="What the user asks" if number == 1 else "",
                         key=f"turn-{turn['id']}",

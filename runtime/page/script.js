@@ -116,8 +116,10 @@ const worldpm = (() => {
     opened,
     asked: (texts, tab = "compare") => {
       asked[tab] = edits[tab];
+      document.getElementById(`${tab}-run`).setAttribute("aria-busy", "true");
       return texts;
     },
+    answered: (tab = "compare") => document.getElementById(`${tab}-run`).removeAttribute("aria-busy"),
   };
 })();
 window.worldpm = worldpm;

@@ -13,7 +13,6 @@ from runtime.api.service import Service
 # Nothing of one visitor waits for another's: events that only arrange the page are not queued, and those that score
 # wait in the batcher's queue, which takes turns, rather than in gradio's, which would not.
 QUICK: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-SCORING: dict[str, Any] = {"concurrency_limit": None, "show_progress": "minimal", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
