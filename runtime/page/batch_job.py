@@ -75,9 +75,10 @@ class BatchJob:
 
     def run(self) -> Iterator[None]:
         """Score, yielding after every window. Ends with `finished`, `cancelled` or a `fault`."""
-        windows = self._rows.windows(
-            self.model.scorer.renderer, tokens=self.model.batch_tokens, truncate=self._truncate, strict=False
-        )
+        plan = self.model.scorer.plan
+        # Short windows show progress and leave turns to others; where blocks are brought in for each, long ones pay.
+        tokens = plan.token_budget if plan.placement == "resident" else plan.window_tokens
+        windows = self._rows.windows(self.model.scorer.renderer, tokens=tokens, truncate=self._truncate, strict=False)
         try:
             for window in windows:
                 self.records += score_window(self._score, window)
@@ -90,7 +91,8 @@ class BatchJob:
         except KitError as fault:
             self.fault = str(fault)
         finally:
-            self.cancel() if not self.finished else None
+            if not self.finished:
+                self.cancel()
             self._seconds = self.seconds
 
     def write(self, directory: Path) -> list[str]:
