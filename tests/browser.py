@@ -43,7 +43,7 @@ class Visit:
         self.hosts: set[str] = set()
         self.faults: list[str] = []
         self.context = browser.new_context(
-            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, accept_downloads=True
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
         )
         self.context.set_default_timeout(15_000)
         self.page = self.context.new_page()

@@ -63,9 +63,9 @@ def page_url(page_service: Service) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One browser for all tests."""
+    """One browser for a file's tests: while it is open its driver's event loop is in the way of any other."""
     with browser() as opened:
         yield opened
 

@@ -130,7 +130,7 @@ def test_a_link_is_made_on_demand_and_gives_the_inputs_back(visit, page_url):
     visit.page.goto("about:blank")
     visit.open(link)
     visit.page.wait_for_function("document.querySelector('.side-a textarea').value === 'yes & <no>'")
-    assert visit.page.get_by_label("Turn 1, user").input_value() == "Straße, 北?"
+    visit.page.wait_for_function("document.querySelector('.turns textarea').value === 'Straße, 北?'")
     visit.page.goto("about:blank")
     visit.open(f"{page_url}#compare=@@@")
     visit.page.get_by_text("cannot be read").first.wait_for()
