@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -84,6 +85,16 @@ class Visit:
         self.page.evaluate("document.querySelector('#compare-result .result')?.remove()")
         self.page.locator("#compare-run").click()
         return self.result("compare")
+
+    def upload(self, path: Path) -> None:
+        """Choose a file in the batch tab, and wait until the server has it."""
+        self.tab("Batch")
+        chosen = self.page.locator("#batch-inputs .file-preview")
+        for _ in range(2):  # a driver can be faster than the page's scripts, and nobody listens yet
+            self.page.locator("#batch-inputs input[type=file]").set_input_files(path)
+            with suppress(Exception):
+                return chosen.wait_for(timeout=7_000)
+        chosen.wait_for()
 
     def result(self, tab: str) -> Any:
         found = self.page.locator(f"#{tab}-result").locator(".result:not(.progress), .notice").first

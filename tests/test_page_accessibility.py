@@ -53,10 +53,7 @@ def test_no_tab_has_a_serious_violation(chromium, page_url, tmp_path, size, sche
 
         visit.tab("Batch")
         page.get_by_text("What a row looks like").click()
-        page.locator("#batch-inputs input[type=file]").set_input_files(
-            write_jsonl(tmp_path / "rows.jsonl", mixed_rows(20))
-        )
-        page.locator("#batch-inputs").get_by_text("rows.jsonl").wait_for()
+        visit.upload(write_jsonl(tmp_path / "rows.jsonl", mixed_rows(20)))
         page.locator("#batch-run").click()
         visit.result("batch")
         found["a batch"] = violations(page)

@@ -230,9 +230,7 @@ def test_best_of_n_is_ranked_and_goes_stale(visit):
 
 
 def upload(visit: Visit, path) -> None:
-    visit.tab("Batch")
-    visit.page.locator("#batch-inputs input[type=file]").set_input_files(path)
-    visit.page.locator("#batch-inputs").get_by_text(path.name).wait_for()
+    visit.upload(path)
     visit.page.locator("#batch-run:enabled").click()
 
 
