@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 from quantize.arguments import parse
 from quantize.inputs import plan_without_weights
 from quantize.plan_table import plan_rows
-from runtime import bench_arguments, parity_arguments, score_arguments
+from runtime import bench_arguments, parity_arguments, score_arguments, serve_arguments
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -280,6 +280,13 @@ def test_readme_runtime_commands_are_understood(name, arguments):
     assert commands
     for command in commands:
         arguments.parse(shlex.split(command))
+
+
+def test_readme_serving_commands_are_understood():
+    commands = re.findall(r"app\.py ?(.*)", "\n".join(blocks("bash")))
+    assert len(commands) >= 2
+    for command in commands:
+        serve_arguments.parse(shlex.split(command))
 
 
 def test_readme_plan_is_current(monkeypatch: pytest.MonkeyPatch):

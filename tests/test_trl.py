@@ -91,3 +91,45 @@ def test_the_signature_is_the_documented_one(scorer: Scorer, tiny_checkpoint: Pa
     assert list(parameters)[:2] == ["prompts", "completions"]
     assert [each.kind for each in parameters.values()][-1] is inspect.Parameter.VAR_KEYWORD
     assert function.__name__ == "worldpm_reward" and not inspect.iscoroutinefunction(function)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conversational", [True, False])
+def test_trl_s_own_trainer_calls_it(scorer: Scorer, tiny_checkpoint: Path, tmp_path: Path, conversational: bool):
+    """Two steps of GRPO on a random policy, where TRL is installed."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    policy = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(vocab_size=320, num_key_value_heads=2, **shape))
+    questions = [f"Say {number}." for number in range(4)]
+    prompts = [
+        [{"role": "user", "content": text}] if conversational else f"User: {text}\nAssistant:" for text in questions
+    ]
+    rewards: list[float | None] = []
+    function = reward_function(scorer)
+
+    def watched(prompts, completions, **columns) -> list[float | None]:
+        rewards.extend(function(prompts=prompts, completions=completions, **columns))
+        return rewards[-len(prompts) :]
+
+    arguments = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=8,
+        max_steps=2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    trainer = trl.GRPOTrainer(
+        model=policy,
+        reward_funcs=watched,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(tiny_checkpoint),
+    )
+    trainer.train()
+    assert len(rewards) == 8 and any(reward is not None for reward in rewards)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -30,6 +31,8 @@ class JournalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """One line, with the traceback if there is one."""
         failure = record.exc_info[1] if record.exc_info else None
+        if isinstance(failure, asyncio.CancelledError):
+            return  # an event stream of the page, ended with the server
         if failure is not None:
             write_error(failure, logger=record.name, message=record.getMessage().strip())
         else:
