@@ -81,7 +81,7 @@ class LocalEngine:
     def scored(self, windows: Iterable[Window]) -> Generator[Scored, None, None]:
         assert self._scorer is not None
         for rows, digest in windows:
-            yield score_window(self._scorer, rows), digest
+            yield score_window(self._scorer.scores, rows, self._checkpoint), digest
 
 
 def open_engine(arguments: Namespace, checkpoint: Checkpoint, token_budget: int | None, console: Console) -> Engine:

@@ -100,7 +100,8 @@ def examine(
     if not selection.pairs:
         return Result(model, None, golden)
     yardstick = measured or Yardstick.stored(model, selection)
-    return Result(model, compare(model, run, yardstick, selection, golden, arguments), golden)
+    thresholds = Thresholds(min_agreement=arguments.min_agreement, max_shift=arguments.max_shift)
+    return Result(model, compare(model, run, yardstick, selection, golden, arguments.devices, thresholds), golden)
 
 
 def judge(model: Variant, run: Run, tolerance: float | None) -> GoldenResult:
@@ -121,9 +122,10 @@ def compare(
     yardstick: Yardstick,
     selection: Selection,
     golden: GoldenResult | None,
-    arguments: Namespace,
+    devices: str,
+    thresholds: Thresholds = Thresholds(),  # noqa: B008 (frozen)
 ) -> ParityReport:
-    """The parity report of one model on the selected pairs."""
+    """The parity report of one model on the selected pairs; `devices` is what it ran on, in words."""
     floors: Sequence[Scores | None] = yardstick.noise_floor or [None] * len(selection.pairs)
     pairs = [
         PairScores(
@@ -138,14 +140,14 @@ def compare(
         )
         for pair, reference, scores, floor in zip(selection.pairs, yardstick.scores, run.scores, floors, strict=True)
     ]
-    here: dict[str, JsonValue] = {"devices": arguments.devices, "arithmetic": run.arithmetic}
+    here: dict[str, JsonValue] = {"devices": devices, "arithmetic": run.arithmetic}
     here["token_budget"] = run.token_budget
     golden_notes = [golden.sentence()] if golden else []
     return measure_parity(
         pairs,
         model.subject(yardstick.name, yardstick.dtype, {"here": here}),
         notes=[*selection.notes[model.label], *_stranger(model, yardstick), *_drift(model, pairs), *golden_notes],
-        thresholds=Thresholds(min_agreement=arguments.min_agreement, max_shift=arguments.max_shift),
+        thresholds=thresholds,
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows of JSONL, JSON and Parquet files, one at a time, each with the place it was found at.
+"""Rows of JSONL, JSON, CSV and Parquet files, one at a time, each with the place it was found at.
 
 What a row means is `runtime.conversation`'s business; here a file either yields rows or says in one
 sentence where and why it does not.
@@ -7,6 +7,7 @@ sentence where and why it does not.
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import json
 import zlib
@@ -17,8 +18,9 @@ from typing import Any, BinaryIO
 from runtime.conversation import PAIR_SHAPE
 from runtime.errors import ConversationError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 _BATCH_ROWS = 64
+_LONGEST_CELL = 1 << 24  # characters; a quotation mark that is never closed makes one cell of the rest of a file
 
 
 def is_row_file(path: Path) -> bool:
@@ -29,9 +31,10 @@ def is_row_file(path: Path) -> bool:
 def read_rows(path: Path, *, keep_faults: bool = False) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) for every row of a file; a place is ``pairs.jsonl:12`` or ``pairs.parquet row 12``.
 
-    JSONL and Parquet are streamed; a JSON array, or an object of columns, is held whole. JSONL under a
-    `.json` name is recognised. Blank lines are passed over. With `keep_faults` a line of JSONL that cannot
-    be read comes as the ConversationError it would have raised, in the row's place, and the next follows.
+    JSONL, CSV and Parquet are streamed; a JSON array, or an object of columns, is held whole. JSONL under a
+    `.json` name is recognised. Blank lines are passed over. CSV has a header, and its `response` column is one
+    response to `prompt`. With `keep_faults` a line of JSONL that cannot be read, or one of CSV that has not the
+    header's cells, comes as the ConversationError it would have raised, in the row's place, and the next follows.
 
     Raises:
         ConversationError: the file cannot be opened, or is not what its name says, with line and column.
@@ -41,6 +44,8 @@ def read_rows(path: Path, *, keep_faults: bool = False) -> Iterator[tuple[str, A
     try:
         if path.name.endswith(".parquet"):
             yield from _parquet_rows(path)
+        elif path.name.endswith(".csv"):
+            yield from _csv_rows(path, keep_faults)
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _jsonl_rows(_lines(path), keep_faults)
         else:
@@ -171,6 +176,44 @@ def _rows_of_columns(columns: dict[str, Any], name: str) -> list[dict[str, Any]]
             f"{name}: its columns differ in length ({lengths}); every column needs one entry a row."
         )
     return [dict(zip(columns, entries, strict=True)) for entries in zip(*columns.values(), strict=True)]
+
+
+def _csv_rows(path: Path, keep_faults: bool) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(_LONGEST_CELL)
+    lines = csv.reader((_decode(line, place) for place, line in _lines(path)), strict=True)
+    try:
+        header = [name.strip() for name in next(lines, [])]
+        if "prompt" not in header or not {"chosen", "response"} & set(header):
+            raise ConversationError(
+                f"{path.name}:1: the columns are {', '.join(header)[:200] or 'none'}; prompt, chosen and rejected, or "
+                "prompt and response, were expected in the first line."
+            )
+        for cells in lines:
+            place = f"{path.name}:{lines.line_num}"
+            if len(cells) == len(header):
+                yield place, _csv_row(dict(zip(header, cells, strict=True)))
+            elif cells:
+                fault = ConversationError(
+                    f"{place}: the row has {len(cells)} cells under {len(header)} columns; put cells with commas, line "
+                    "breaks or quotation marks in quotation marks."
+                )
+                if not keep_faults:
+                    raise fault
+                yield place, fault
+    except csv.Error as error:
+        raise ConversationError(
+            f"{path.name}:{lines.line_num}: not CSV ({error}); mend the quotation marks there or before it."
+        ) from None
+
+
+def _csv_row(cells: dict[str, str]) -> dict[str, Any]:
+    """Cells are text. An empty one is a blank prompt or response, but no id and no category."""
+    texts = ("prompt", "chosen", "rejected", "response")
+    row: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and name not in texts}
+    if "response" in cells and not cells.get("chosen"):
+        turns = {"user": cells["prompt"], "assistant": cells["response"]}
+        return row | {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
+    return row | {name: cells[name] for name in texts[:3] if name in cells}
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -19,11 +19,12 @@ row of the output, in the same order. With --output it can be stopped at any mom
 """
 
 EXAMPLES = """\
-input, one of these a row, as JSONL or JSON (.gz too) or Parquet, or with - as JSONL on standard input:
+input, one of these a row, as JSONL or JSON (.gz too), CSV or Parquet, or with - as JSONL on standard input:
   {"prompt": "...", "chosen": "...", "rejected": "..."}      a pair; messages in place of text, or no prompt, as in TRL
   {"prompt": "...", "responses": ["...", "...", "..."]}      any number of responses, as for best-of-N
   {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}              one conversation
-  `id` and `category` are kept; other keys are not looked at.
+  `id` and `category` are kept; other keys are not looked at. CSV has the columns prompt, chosen and rejected, or prompt
+  and response, all of them text.
 
 output, by row:
   where                       the row's place, such as pairs.jsonl:12; then its id and category

@@ -2,51 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from runtime.architecture import block_prefix
+from runtime.chat import Rendered
 from runtime.checkpoint import Checkpoint
 from runtime.errors import NonFiniteError
 from runtime.scorable import Scorable
 from runtime.scored_row import Record, scored_record
-from runtime.scorer import Scorer
+
+Score = Callable[[Sequence[Rendered]], Sequence[float]]
+"""One score a conversation, from this thread's scorer or through a queue."""
 
 
-def score_window(scorer: Scorer, window: Sequence[Scorable]) -> list[Record]:
-    """Records of rendered rows, scored in one call.
+def score_window(score: Score, window: Sequence[Scorable], checkpoint: Checkpoint) -> list[Record]:
+    """Records of rendered rows, scored in one call of `score`, which computes with `checkpoint`.
 
     Raises:
         NonFiniteError: not one row has a finite score, so that it is the model's fault rather than a row's. Its message
             names the tensor, if the checkpoint holds one that is not finite where it first showed.
     """
     try:
-        scores = iter(_scores(scorer, window))
+        scores = iter(_scores(score, window))
     except NonFiniteError:
-        scores = iter(_scores_alone(scorer, window))
+        scores = iter(_scores_alone(score, window, checkpoint))
     return [scored_record(row, [next(scores) for _ in row.rendered]) for row in window]
 
 
-def _scores(scorer: Scorer, rows: Sequence[Scorable]) -> list[float]:
+def _scores(score: Score, rows: Sequence[Scorable]) -> list[float]:
     rendered = [each for row in rows for each in row.rendered]
-    return scorer.score_rendered(rendered).tolist() if rendered else []
+    return list(score(rendered)) if rendered else []
 
 
-def _scores_alone(scorer: Scorer, window: Sequence[Scorable]) -> list[float]:
+def _scores_alone(score: Score, window: Sequence[Scorable], checkpoint: Checkpoint) -> list[float]:
     """Of the rows that have finite ones; the others fail."""
     scores: list[float] = []
     faults: list[NonFiniteError] = []
     for row in window:
         try:
-            scores += _scores(scorer, [row])
+            scores += _scores(score, [row])
         except NonFiniteError as fault:
             row.fail(fault)
             faults.append(fault)
     if scores:
         return scores
-    tensor = find_damage(scorer.checkpoint, faults[0].block)
+    tensor = find_damage(checkpoint, faults[0].block)
     first = next(row.error for row in window if row.error)
     raise NonFiniteError(
-        f"{scorer.checkpoint.directory}: {tensor} holds a NaN or an infinity; fetch or write the model again."
+        f"{checkpoint.directory}: {tensor} holds a NaN or an infinity; fetch or write the model again."
         if tensor
         else first
     )

@@ -51,7 +51,7 @@ def scored_record(row: Scorable, scores: Sequence[float]) -> Record:
         record["margin"] = scores[0] - scores[1]
         record["probability_chosen"] = probability_preferred(record["margin"])
     elif row.kind == "responses":
-        record["ranks"] = _ranks(scores)
+        record["ranks"] = ranks_of(scores)
         record["best"] = record["ranks"].index(1)
     record["tokens"] = [len(rendered.token_ids) for rendered in row.rendered]
     if warnings := row.warnings():
@@ -59,7 +59,8 @@ def scored_record(row: Scorable, scores: Sequence[float]) -> Record:
     return record
 
 
-def _ranks(scores: Sequence[float]) -> list[int]:
+def ranks_of(scores: Sequence[float]) -> list[int]:
+    """The rank of each score, 1 for the highest; equals share the better one."""
     first: dict[float, int] = {}
     for rank, score in enumerate(sorted(scores, reverse=True), start=1):
         first.setdefault(score, rank)

@@ -137,6 +137,10 @@ class Scorer:
             raise NonFiniteError(f"conversation {int(bad[0])} has a non-finite score: the score head overflowed.")
         return scores.cpu()
 
+    def scores(self, rendered: Sequence[Rendered]) -> list[float]:
+        """`score_rendered` as plain numbers."""
+        return self.score_rendered(rendered).tolist()
+
     @torch.inference_mode()
     def hidden_at_scored(self, rendered: Sequence[Rendered]) -> torch.Tensor:
         """What the head starts from: the last block's hidden states [n, H] at the scored tokens."""

@@ -67,7 +67,7 @@ class ScoringActor:
     def score(self, window: list[Scorable]) -> list[Record] | KitError:
         """Records of rendered rows."""
         try:
-            return score_window(self._scorer, window)
+            return score_window(self._scorer.scores, window, self._scorer.checkpoint)
         except KitError as fault:
             return fault
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import sys
 from argparse import Namespace
@@ -54,7 +53,7 @@ def serve(arguments: Namespace, console: Console) -> int:
         log_text=arguments.log_text,
     )
     if not arguments.no_page:
-        api = mount_page(api, service)
+        api = add_page(api, service)
 
     # 3. Load in a thread of its own, and answer meanwhile.
     loading = Loading(service, arguments)
@@ -80,22 +79,17 @@ def hosts_of(arguments: Namespace) -> set[str] | None:
     return {"localhost", arguments.host, socket.gethostname(), *arguments.allowed_host}
 
 
-def mount_page(api: FastAPI, service: Service) -> FastAPI:
+def add_page(api: FastAPI, service: Service) -> FastAPI:
     """The page at `/`, beside the API.
 
     Raises:
         KitError: this installation has no page.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     try:
-        import gradio
-
-        from runtime.page import make_page
+        from runtime.page import mount_page  # here, since the API alone needs none of it
     except ModuleNotFoundError as error:
         raise KitError(f"the page cannot be made, as {error.name} is missing; install it, or say --no-page.") from error
-    return gradio.mount_gradio_app(
-        api, make_page(service), path="/", footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False
-    )
+    return mount_page(api, service)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def reward_function(
 def _rewards(scorer: Scorer, rendered: dict[int, Rendered], faults: list[str]) -> dict[int, float]:
     """By row; without those whose score is not finite, which are found by scoring each alone."""
     try:
-        return dict(zip(rendered, scorer.score_rendered(list(rendered.values())).tolist(), strict=True))
+        return dict(zip(rendered, scorer.scores(list(rendered.values())), strict=True))
     except NonFiniteError as fault:
         if len(rendered) == 1:
             faults.append(f"completions[{next(iter(rendered))}]: {fault}")

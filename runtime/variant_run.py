@@ -90,7 +90,7 @@ def run_variant(variant: Variant, selection: Selection, arguments: Namespace, *,
         rendered += [variant.renderer.render(conversation) for conversation in CONVERSATIONS]
     scorer = load_scorer(variant.source, arguments)
     try:
-        scores = scorer.score_rendered(rendered).tolist()
+        scores = scorer.scores(rendered)
     except NonFiniteError as error:
         raise NonFiniteError(f"{variant.label}: {error} Conversations are counted from 0, two a pair.") from error
     pairs = list(zip(scores[::2], scores[1::2], strict=True))

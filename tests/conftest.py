@@ -4,11 +4,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from runtime.api.service import Service
+from tests.browser import browser
 from tests.served import serve
 from tests.tiny import write_tiny_checkpoint
 
@@ -32,6 +34,40 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the tiny checkpoint that a test may damage."""
     return shutil.copytree(tiny_checkpoint, tmp_path / "damaged")
+
+
+@pytest.fixture(scope="session")
+def page_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model packed in 4 bits with its report, and the model itself."""
+    from tests.page_server import make_models  # here and below, since importing the page takes seconds
+
+    return make_models(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="session")
+def page_service(page_models: tuple[Path, Path]) -> Iterator[Service]:
+    """Both, served."""
+    from tests.page_server import load
+
+    service = load(Service(), page_models)
+    yield service
+    service.close()
+
+
+@pytest.fixture(scope="session")
+def page_url(page_service: Service) -> Iterator[str]:
+    """The page's address."""
+    from tests.page_server import serving
+
+    with serving(page_service) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """One browser for a file's tests: while it is open its driver's event loop is in the way of any other."""
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

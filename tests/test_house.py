@@ -129,9 +129,12 @@ def test_no_module_shadows_another():
 
 
 def test_what_is_imported_is_declared():
-    declared = {Requirement(text).name.replace("-", "_") for text in configuration()["project"]["dependencies"]}
+    declared = {canonicalize_name(Requirement(text).name) for text in configuration()["project"]["dependencies"]}
     imported = {name.split(".")[0] for path in PACKAGED for name in imported_modules(path)}
-    foreign = imported - set(sys.stdlib_module_names) - OURS
+    brought_by = packages_distributions()
+    foreign = {
+        canonicalize_name(brought_by.get(name, [name])[0]) for name in imported - set(sys.stdlib_module_names) - OURS
+    }
     assert foreign - declared == {
         "triton",  # torch brings it where there is CUDA, and it is imported only there
         "ray",  # an extra, imported only where it is asked for

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -184,3 +185,61 @@ def test_whatever_the_bytes_only_conversation_errors_come_out(tmp_path_factory, 
             list(read_rows(path))
         except ConversationError as error:
             str(error).encode()
+
+
+# ---- CSV --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(rows=st.lists(st.tuples(*[st.text(st.characters(exclude_categories=["Cs"]), min_size=1)] * 3), min_size=1))
+def test_csv_gives_the_cells_that_were_written(tmp_path_factory, rows):
+    """As Python's own writer writes them; a carriage return alone ends a line there as here."""
+    rows = [tuple(cell.replace("\r", "").replace("\0", "") or "x" for cell in row) for row in rows]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows([("prompt", "chosen", "rejected"), *rows])
+    path = write(tmp_path_factory.mktemp("csv") / "rows.csv", text.getvalue().encode())
+    assert [tuple(row.values()) for _, row in read_rows(path)] == rows
+
+
+def test_csv_of_responses_is_conversations(tmp_path):
+    path = write(tmp_path / "rows.csv", b"\xef\xbb\xbfid, prompt,response\r\n1,Q,A\r\n\r\n,Q,\r\n")
+    (first, one), (second, two) = read_rows(path)
+    assert (first, second) == ("rows.csv:2", "rows.csv:4")
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert one == {"id": "1", "messages": turns}
+    assert two["messages"][1]["content"] == "" and "id" not in two
+
+
+def test_csv_with_both_kinds_of_columns_goes_by_the_row(tmp_path):
+    path = write(tmp_path / "rows.csv", b"prompt,chosen,rejected,response\nQ,a,b,\nQ,,,c\n")
+    pair, single = (row for _, row in read_rows(path))
+    assert pair == {"prompt": "Q", "chosen": "a", "rejected": "b"}
+    assert [message["content"] for message in single["messages"]] == ["Q", "c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "rows.csv:1: the columns are none"),
+        (b"a,b\n1,2\n", "the columns are a, b"),
+        (b"prompt,other\nQ,A\n", "the columns are prompt, other"),
+        (b"prompt,response\nQ,A,more\n", "rows.csv:2: the row has 3 cells under 2 columns"),
+        (b'prompt,response\nQ,"A\n', "rows.csv:2: not CSV"),
+        (b"prompt,response\nQ,\xff\n", "rows.csv:2: byte 3 of the line, 0xff"),
+    ],
+)
+def test_csv_faults_name_their_line(tmp_path, content, fault):
+    with pytest.raises(ConversationError, match=fault):
+        list(read_rows(write(tmp_path / "rows.csv", content)))
+
+
+def test_a_csv_row_with_too_many_cells_can_be_kept_as_a_fault(tmp_path):
+    path = write(tmp_path / "rows.csv", b"prompt,response\nQ,A,more\nQ,A\n")
+    fault, row = (row for _, row in read_rows(path, keep_faults=True))
+    assert isinstance(fault, ConversationError) and row["messages"][1]["content"] == "A"
+
+
+def test_a_csv_cell_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.rows._LONGEST_CELL", 1000)
+    with pytest.raises(ConversationError, match="field larger than field limit"):
+        list(read_rows(write(tmp_path / "rows.csv", b'prompt,response\nQ,"' + b"x" * 2000 + b'"\n')))

@@ -241,7 +241,8 @@ def test_a_window_is_scored_in_one_call(scorer, monkeypatch):
         (f"f:{number}", row) for number, row in enumerate([PAIR, 3, {"prompt": "Q", "responses": ["a"] * 3}])
     )
     (window,) = rows.windows(scorer.renderer, tokens=1000, truncate=False, strict=False)
-    assert [len(record.get("scores", [])) for record in score_window(scorer, window)] == [2, 0, 3]
+    records = score_window(scorer.scores, window, scorer.checkpoint)
+    assert [len(record.get("scores", [])) for record in records] == [2, 0, 3]
     assert calls == [5]
 
 

@@ -29,7 +29,7 @@ def test_a_damaged_tensor_is_named_wherever_it_is(damaged, name):
     scorer = Scorer(open_checkpoint(damaged))
     (window,) = ScoreInput(ROWS).windows(scorer.renderer, tokens=1000, truncate=False, strict=False)
     with pytest.raises(NonFiniteError, match=f"{damaged}: {name} holds a NaN or an infinity; fetch or write"):
-        score_window(scorer, window)
+        score_window(scorer.scores, window, scorer.checkpoint)
 
 
 def test_a_model_that_only_overflows_is_told_by_row_and_block(damaged):
@@ -37,7 +37,7 @@ def test_a_model_that_only_overflows_is_told_by_row_and_block(damaged):
     scorer = Scorer(open_checkpoint(damaged))
     (window,) = ScoreInput(ROWS).windows(scorer.renderer, tokens=1000, truncate=False, strict=False)
     with pytest.raises(NonFiniteError, match="f:1: block 1: a non-finite activation in conversation [01]; look for"):
-        score_window(scorer, window)
+        score_window(scorer.scores, window, scorer.checkpoint)
 
 
 def test_a_whole_checkpoint_has_no_damage(tiny_checkpoint):

@@ -57,7 +57,7 @@ class ServedModel:
         """
         start = time.perf_counter()
         try:
-            return [float(score) for score in self.scorer.score_rendered(rendered).tolist()]
+            return self.scorer.scores(rendered)
         finally:
             self.busy_seconds += time.perf_counter() - start
             self.conversations += len(rendered)
