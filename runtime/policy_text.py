@@ -17,10 +17,15 @@ _PLAIN = re.compile(r"(?:\A|\n)(User|Human|Assistant): ?")
 _PLAIN_ROLES = {"User": "user", "Human": "user", "Assistant": "assistant"}
 _BEGINNING = re.compile(r"(?:<\|begin_of_text\|>|<\|endoftext\|>|<\|finetune_right_pad_id\|>|<s>|<bos>|<pad>)*")
 _TURN_END = re.compile(r"(?:<\|im_end\|>|<\|eot_id\|>)\n?\Z")
-_ENDING = re.compile(
-    r"(?:(?:<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|<\|endoftext\|>|<\|end_of_text\|>|<\|finetune_right_pad_id\|>"
-    r"|</s>|<eos>|<pad>)\n?)+\Z"
+_ENDS: tuple[str, ...] = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|finetune_right_pad_id|>",
 )
+_ENDS += ("</s>", "<eos>", "<pad>")
 
 
 def read_policy_text(text: str, prompt: str | None = None, where: str = "") -> list[Message]:
@@ -46,16 +51,30 @@ def read_policy_text(text: str, prompt: str | None = None, where: str = "") -> l
             f"{where or 'text'}: it has no turns to tell apart; write them in ChatML, in Llama-3's template, or as "
             "'User: ...' and 'Assistant: ...' on lines of their own, or send messages."
         )
-    turns[-1]["content"] = _ENDING.sub("", turns[-1]["content"])
+    turns[-1]["content"] = _without_ends(turns[-1]["content"])
     return turns
 
 
 def _continue(turns: list[Message], response: str) -> list[Message]:
     """`turns` with the response, which goes on with an assistant's turn that was opened for it."""
-    response = _ENDING.sub("", response)
+    response = _without_ends(response)
     if turns[-1]["role"] == "assistant":
         return [*turns[:-1], {"role": "assistant", "content": turns[-1]["content"] + response}]
     return [*turns, {"role": "assistant", "content": response}]
+
+
+def _without_ends(text: str) -> str:
+    """Without the end tokens that it ends with, each of which may have a line break behind it.
+
+    Token by token from the right: a regular expression would try every place where a run of them begins.
+    """
+    end = len(text)
+    while True:
+        behind = end - text.endswith("\n", 0, end)
+        token = next((each for each in _ENDS if text.endswith(each, 0, behind)), None)
+        if token is None:
+            return text[:end]
+        end = behind - len(token)
 
 
 def _read_turns(text: str) -> list[Message] | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, wait
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.api.batcher import Batcher, Busy
+from runtime.api.batcher import LINGER, Batcher, Busy
 from runtime.chat import Rendered
 from runtime.errors import NonFiniteError
 
@@ -152,3 +153,17 @@ def test_closing_answers_what_was_taken_and_takes_no_more():
     model.open.set()
     closing.join(30)
     assert all(future.result(0) == [9.0] for future in futures)
+
+
+def test_a_client_that_goes_while_others_are_waited_for_ends_nothing():
+    model, batcher = Lengths(), Batcher()
+    for _ in range(20):
+        model.hold(batcher)
+        several = [batcher.submit(model, rows(2)) for _ in range(3)]  # after which the thread lingers
+        model.open.set()
+        wait(several)
+        gone = batcher.submit(model, rows(3))
+        time.sleep(LINGER / 5)
+        gone.cancel()
+    assert batcher.submit(model, rows(5)).result(30) == [5.0]
+    batcher.close()

@@ -269,13 +269,24 @@ def test_other_host_names_are_refused(service: Service, host: str, status: int):
 
 def test_other_origins_may_not_read_unless_they_are_named(service: Service):
     origin = {"origin": "https://example.org"}
-    assert "access-control-allow-origin" not in ask(api_of(service), "/v1/models", headers=origin).headers
+    for header in ("https://example.org", "http://localhost:81", "http://localhost.evil.example", "null", ""):
+        refused = ask(api_of(service), "/v1/models", headers={"origin": header})
+        assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
+        assert fault(refused)["field"] == "Origin"
+    assert ask(api_of(service), "/v1/scores", GOOD, headers={"origin": "http://localhost"}).status_code == 200
     api = api_of(service, key=KEY, cors_origins=("https://example.org",))
     asked = origin | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
     before = ask(api, "/v1/scores", method="OPTIONS", headers=asked)
     assert before.status_code == 200 and before.headers["access-control-allow-origin"] == "https://example.org"
+    assert ask(api, "/v1/models", headers=origin | {"authorization": f"Bearer {KEY}"}).status_code == 200
     other = ask(api, "/v1/models", headers={"origin": "https://evil.example", "authorization": f"Bearer {KEY}"})
+    assert other.status_code == 403
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_text_of_a_system_turn_alone_is_refused(service: Service):
+    query = {"query": ["<|im_start|>system\nx<|im_end|>"]}
+    assert fault(ask(api_of(service), "/get_reward?system=drop&blank=0", query))["code"] == 422
 
 
 # ---- what is written about it ---------------------------------------------------------------------------

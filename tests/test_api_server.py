@@ -228,7 +228,7 @@ def test_a_model_that_cannot_be_loaded_is_said_on_health(damaged, tmp_path):
         process = subprocess.Popen(
             [sys.executable, ROOT / "app.py", "--model", damaged, "--port", "0", "--no-page"], stderr=stream
         )
-    until(lambda: '"event": "failed"' in log.read_text(), 60)
+    until(lambda: all(f'"event": "{event}"' in log.read_text() for event in ("failed", "serving")), 60)
     found = re.search(r'"port": (\d+)', log.read_text())
     assert found
     answer = httpx.get(f"http://127.0.0.1:{found[1]}/health")

@@ -81,3 +81,10 @@ def test_a_prompt_that_was_cut_short_is_not_looked_for():
 def test_text_without_turns_is_refused(text):
     with pytest.raises(ConversationError, match=r"query\[3\]: it has no turns to tell apart"):
         read_policy_text(text, where="query[3]")
+
+
+@pytest.mark.parametrize("end", ["<pad>", "<|im_end|>\n"])
+def test_ends_that_are_not_at_the_end_take_no_time(end):
+    """A million of them: what is quadratic here would take hours."""
+    assert read_policy_text(chatml("").removesuffix("<|im_end|>") + end * 1_000_000 + "x")[-1]["content"][-1] == "x"
+    assert read_policy_text(chatml("a") + end * 1_000_000)[-1]["content"] == "a"

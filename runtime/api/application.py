@@ -67,7 +67,7 @@ def make_api(
 
     # The last one added is the outermost.
     api.add_middleware(BodyReader, paths={path for path in documented if "post" in documented[path]}, limits=limits)
-    api.add_middleware(Guard, key=key, hosts=hosts)
+    api.add_middleware(Guard, key=key, hosts=hosts, origins=cors_origins)
     if cors_origins:
         api.add_middleware(
             CORSMiddleware,

@@ -160,10 +160,13 @@ class Batcher:
     def _next_batch(self) -> list[tuple[_Request, list[Rendered]]]:
         """Rows for one call, by request; none when the queue is closed and empty."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            if self._crowded and not self._closed:
-                self._changed.wait_for(lambda: self._is_full() or self._closed, timeout=LINGER)
-            return self._take() if self._queue else []
+            while not (self._closed and not self._queue):
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if self._crowded and not self._closed:
+                    self._changed.wait_for(lambda: self._is_full() or self._closed, timeout=LINGER)
+                if self._queue:  # which a client that went away meanwhile may have emptied
+                    return self._take()
+            return []
 
     def _is_full(self) -> bool:
         return bool(self._queue) and self._waiting() >= self._queue[0].model.batch_tokens

@@ -21,23 +21,29 @@ _CHALLENGE = {"WWW-Authenticate": 'Basic realm="worldpm-kit", charset="UTF-8"'}
 class Guard:
     """Middleware before everything else, the page included."""
 
-    def __init__(self, app: ASGIApp, key: str | None, hosts: Collection[str] | None):
+    def __init__(self, app: ASGIApp, key: str | None, hosts: Collection[str] | None, origins: Collection[str]):
         """Without a `key` nobody is asked for one; `hosts` are names the server answers to, or None for any.
 
         An address is always answered to: a page of a stranger can make a browser call this server by a name of the
         stranger's, but not by its address.
+
+        What a browser asks for another site's page is refused, unless that is one of `origins`: a form or an upload
+        may be sent without asking, with the password that the browser remembers.
         """
         self._app = app
         self._key = None if key is None else _digest(key)
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
+        self._origins = {origin.lower() for origin in origins}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let it pass, or answer 400 or 401."""
+        """Let it pass, or answer 400, 401 or 403."""
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         if not self._knows_host(headers.get("host", "")):
             fault, extra = Fault(400, "The Host header names another host; --allowed-host admits it.", "Host"), None
+        elif not self._knows_origin(headers):
+            fault, extra = Fault(403, "Another site's page asks; --cors-origin admits it.", "Origin"), None
         elif self._key and scope["path"] != OPEN_PATH and not self._has_key(headers.get("authorization", "")):
             fault, extra = Fault(401, "The key is missing or wrong; send it as Authorization: Bearer KEY."), _CHALLENGE
         else:
@@ -52,6 +58,12 @@ class Guard:
         name = header.rpartition(":")[0] if ":" in header.rpartition("]")[2] else header
         name = name.strip("[]").lower()
         return name in self._hosts or _is_address(name)
+
+    def _knows_origin(self, headers: Headers) -> bool:
+        origin = headers.get("origin")
+        if origin is None or origin.lower() in self._origins:
+            return True
+        return origin.lower().partition("://")[2] == headers.get("host", "").lower()
 
     def _has_key(self, header: str) -> bool:
         scheme, _, value = header.partition(" ")

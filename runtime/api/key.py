@@ -23,10 +23,10 @@ def read_key(path: Path, console: Console) -> str:
         mode = stat.S_IMODE(path.stat().st_mode)
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"--api-key-file {path} cannot be read ({error}); name a file with the key in it.") from error
-    if len(key) < _SHORTEST or not key.isprintable() or " " in key:
+    if len(key) < _SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
         raise PlanError(
-            f"--api-key-file {path} holds {len(key)} characters; a key of {_SHORTEST} or more without spaces was "
-            "expected, such as `openssl rand -hex 32` makes."
+            f"--api-key-file {path} holds {len(key)} characters; a key of {_SHORTEST} or more ASCII ones without "
+            "spaces was expected, such as `openssl rand -hex 32` makes."
         )
     if mode & 0o077:
         console.print(f"warning: {path} has mode {mode:03o}, so that others can read the key; chmod 600 {path}")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from runtime.api.faults import FAULTS
 from runtime.api.schema import POLICY_PROMPT, POLICY_TEXTS, ForeignBody, OneOrMore, as_list, example
-from runtime.api.scoring import Asked
+from runtime.api.scoring import Asked, Conversation
 from runtime.api.texts import read_texts
 
 router = APIRouter(tags=["OpenRLHF"], responses=FAULTS)
@@ -67,7 +67,7 @@ async def get_reward(
     asked.check_count(len(queries), "query")
     prompts = None if body.prompts is None else as_list(body.prompts)
     samples = read_texts(queries, "query", prompts, keep_system=system == "keep")
-    told = [row for row, each in enumerate(samples) if blank is None or each.messages[-1]["content"].strip()]
+    told = [row for row, each in enumerate(samples) if blank is None or not _is_blank(each)]
     scored = await asked.score(model, [samples[row] for row in told], "query")
     rewards = [0.0 if blank is None else blank] * len(samples)
     logs = {"tokens": [0.0] * len(samples), "warnings": [0.0] * len(samples)}
@@ -76,3 +76,8 @@ async def get_reward(
         logs["tokens"][row] = len(rendered.token_ids)
         logs["warnings"][row] = len(rendered.warnings)
     return RewardAnswer(rewards=rewards, scores=rewards, extra_logs=logs)
+
+
+def _is_blank(sample: Conversation) -> bool:
+    """Whether its response is; a sample that is left without turns is refused rather than rewarded."""
+    return bool(sample.messages) and not sample.messages[-1]["content"].strip()

@@ -57,7 +57,7 @@ class ServedModel:
         """
         start = time.perf_counter()
         try:
-            return self.scorer.scores(rendered)
+            return self.scorer.score_rendered(rendered).tolist()
         finally:
             self.busy_seconds += time.perf_counter() - start
             self.conversations += len(rendered)

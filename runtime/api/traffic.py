@@ -62,6 +62,9 @@ class TrafficMiddleware:
         traffic.in_flight += endpoint != _PAGE
         try:
             await app(scope, receive, watched)
+        except Exception:  # which is answered further out
+            status = 500
+            raise
         finally:
             traffic.in_flight -= endpoint != _PAGE
             self._note(scope, endpoint, status, time.perf_counter() - start)
