@@ -157,13 +157,14 @@ def test_closing_answers_what_was_taken_and_takes_no_more():
 
 def test_a_client_that_goes_while_others_are_waited_for_ends_nothing():
     model, batcher = Lengths(), Batcher()
-    for _ in range(20):
+    for _ in range(5):
         model.hold(batcher)
         several = [batcher.submit(model, rows(2)) for _ in range(3)]  # after which the thread lingers
         model.open.set()
-        wait(several)
+        wait(several, 30)
         gone = batcher.submit(model, rows(3))
         time.sleep(LINGER / 5)
         gone.cancel()
+        time.sleep(2 * LINGER)  # nobody else comes
     assert batcher.submit(model, rows(5)).result(30) == [5.0]
     batcher.close()
