@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,13 +104,9 @@ class Renderer:
             warnings.append("non-empty system prompt: the model was trained with an empty one")
         token_ids = self._encode([system, *turns])
         dropped = 0
-        while truncate and len(token_ids) > self.max_positions and len(turns) > 2:
-            first_kept = next((i for i in range(1, len(turns)) if turns[i]["role"] == "user"), None)
-            if first_kept is None:
-                break
-            dropped += first_kept
-            turns = turns[first_kept:]
-            token_ids = self._encode([system, *turns])
+        if truncate and len(token_ids) > self.max_positions:
+            dropped = self._first_that_fits(system, turns)
+            token_ids = self._encode([system, *turns[dropped:]])
         if len(token_ids) > self.max_positions:
             remedy = "shorten it, or allow truncation (--truncate)" if len(turns) > 2 else "shorten it"
             if truncate:
@@ -122,6 +119,18 @@ class Renderer:
             warnings.append(f"truncated: the oldest {dropped} turns were dropped")
         last = len(token_ids) - 1 - token_ids[::-1].index(self._special_ids[SCORED_TOKEN])
         return Rendered(token_ids, last, warnings)
+
+    def _first_that_fits(self, system: Message, turns: list[Message]) -> int:
+        """Index of the oldest user turn from which on the conversation fits, or else of the last one.
+
+        Bisected, since every turn that goes makes it shorter: encoding the rest for each would be quadratic.
+        """
+        starts = [0, *(i for i in range(1, len(turns)) if turns[i]["role"] == "user")]
+
+        def fits(start: int) -> bool:
+            return len(self._encode([system, *turns[start:]])) <= self.max_positions
+
+        return starts[bisect_left(starts, True, hi=len(starts) - 1, key=fits)]
 
     def _encode(self, messages: list[Message]) -> list[int]:
         """Render, split at the template's special tokens, encode the text between them."""

@@ -34,6 +34,7 @@ from runtime.scoring_actor import ScoringActor, Whereabouts
 from runtime.version import kit_version
 
 ATTEMPTS = 3  # at a window: one that kills every actor would otherwise go round for ever
+START_SECONDS = 180  # for an actor: a process that imports torch, maybe from a disk that many share
 AHEAD = 2  # windows an actor, so that the next one is rendered while it computes
 DEATHS = (
     exceptions.RayActorError,
@@ -94,10 +95,9 @@ class RayEngine:
         torch.set_num_threads(self._threads_before)
 
     def show(self, console: Console) -> None:
-        each = ", ".join(f"{count:g} {name}" for name, count in self._resources.items())
         machines = len({actor.whereabouts.host for actor in self._actors})
         console.print(
-            f"{len(self._actors)} actors ({each} each) on {machines} machine{'s' * (machines > 1)}; each one:"
+            f"{len(self._actors)} actors ({self._needs()} each) on {machines} machine{'s' * (machines > 1)}; each one:"
         )
         print_placement(self.plan, console)
 
@@ -124,7 +124,14 @@ class RayEngine:
     def _make(self, count: int, arguments: Namespace) -> list[Actor]:
         """Actors that have planned, each with its share of its machine's memory."""
         handles = [self._spawn() for _ in range(count)]
-        places = _all([handle.whereabouts.remote() for handle in handles], "it started")
+        try:
+            places = _all([handle.whereabouts.remote() for handle in handles], "it started", START_SECONDS)
+        except exceptions.GetTimeoutError as fault:
+            raise PlanError(
+                f"{count} actors ({self._needs()} each) were asked of the Ray cluster, but not all have started "
+                f"after {START_SECONDS} seconds; if others use it (`ray status` tells), wait for them or "
+                "choose fewer --actors."
+            ) from fault
         for place in places:
             if place.kit != kit_version():
                 raise PlanError(f"on {place.host}: worldpm-kit is {place.kit}, here {kit_version()}; install the same.")
@@ -138,6 +145,10 @@ class RayEngine:
         self._token_budget = self.plan.token_budget
         _all([self._prepare(actor) for actor in actors[1:]], "it planned")
         return actors
+
+    def _needs(self) -> str:
+        """What each actor has, in words."""
+        return ", ".join(f"{count:g} {name}" for name, count in self._resources.items())
 
     def _spawn(self) -> Any:
         needs = {"num_cpus": self._resources["CPU"], "num_gpus": self._resources.get("GPU", 0)}
@@ -174,9 +185,15 @@ class RayEngine:
         ray.kill(actor.handle)  # in case it was only out of reach
         actor.handle = self._spawn()
         try:
-            actor.whereabouts = ray.get(actor.handle.whereabouts.remote())
+            actor.whereabouts = ray.get(actor.handle.whereabouts.remote(), timeout=START_SECONDS)
             _unless_fault(ray.get(self._prepare(actor)))
             _unless_fault(ray.get(actor.handle.load.remote(self._threads)))
+        except exceptions.GetTimeoutError as fault:
+            raise JobError(
+                f"no new actor ({self._needs()}) started within {START_SECONDS} seconds after the one with pid "
+                f"{was.pid} on {was.host} died; see with `ray status` what has taken its place, or "
+                "go on with fewer --actors."
+            ) from fault
         except DEATHS:
             pass  # it counts as an attempt when it is asked to score
 
@@ -207,15 +224,16 @@ def _with_their_end(windows: Iterable[Window]) -> Iterator[Window | KitError]:
         yield fault
 
 
-def _all(calls: Sequence[Any], doing: str) -> list[Any]:
+def _all(calls: Sequence[Any], doing: str, timeout: float | None = None) -> list[Any]:
     """What all actors answer, before there is any work to repeat.
 
     Raises:
         PlanError: one died while `doing`.
         KitError: one answers with it.
+        GetTimeoutError: not all have answered after `timeout` seconds.
     """
     try:
-        return [_unless_fault(outcome) for outcome in ray.get(list(calls))]
+        return [_unless_fault(outcome) for outcome in ray.get(list(calls), timeout=timeout)]
     except DEATHS as death:
         raise PlanError(
             f"an actor died while {doing}: {_reason(death)} Every machine must have the kit; if memory ran out, take "

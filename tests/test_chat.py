@@ -92,6 +92,42 @@ def test_truncation_drops_whole_oldest_turns_and_says_so(renderer):
     assert rendered.warnings == ["truncated: the oldest 2 turns were dropped"]
 
 
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.sampled_from("ua")), max_size=12),
+    system=st.sampled_from(["", "be kind"]),
+    last=st.integers(1, 220),
+)
+def test_truncation_equals_dropping_one_exchange_after_another(renderer, lengths, system, last):
+    roles = {"u": "user", "a": "assistant"}
+    turns = [{"role": roles[role], "content": "x" * length} for length, role in lengths]
+    turns = [*conversation("the first"), *turns, *conversation("q", "r" * last)]
+    head = [{"role": "system", "content": system}]
+    starts = (i for i, turn in enumerate(turns) if turn["role"] == "user")
+    endless = Renderer(tiny_tokenizer(), CHAT_TEMPLATE, 1 << 20)
+    for start in starts:
+        expected = endless.render([*head, *turns[start:]]).token_ids
+        if len(expected) <= renderer.max_positions:
+            break
+    else:
+        with pytest.raises(ConversationError, match=f"conversation: {len(expected)} tokens, .* last exchange alone"):
+            renderer.render([*head, *turns], truncate=True)
+        return
+    rendered = renderer.render([*head, *turns], truncate=True)
+    assert rendered.token_ids == expected
+    told = [f"truncated: the oldest {start} turns were dropped"] if start else []
+    assert [warning for warning in rendered.warnings if "truncated" in warning] == told
+
+
+def test_truncation_encodes_a_logarithm_of_the_turns(monkeypatch):
+    renderer, sizes = Renderer(tiny_tokenizer(), CHAT_TEMPLATE, 200), []
+    encode = renderer._encode
+    monkeypatch.setattr(renderer, "_encode", lambda messages: (sizes.append(len(messages)), encode(messages))[1])
+    turns = conversation(*["x"] * 1024)
+    assert len(renderer.render(turns, truncate=True).token_ids) <= 200
+    assert len(sizes) <= 12, "512 starts: one for all of it, nine or ten to bisect, one for what is left"
+
+
 def test_truncation_never_cuts_the_response(renderer):
     with pytest.raises(ConversationError, match="last exchange alone"):
         renderer.render(conversation("x", "y", "q", "r" * 300), truncate=True)

@@ -188,6 +188,46 @@ def test_an_actor_that_dies_before_there_is_work_ends_the_run(
 
 
 @slow
+def test_actors_that_a_busy_cluster_does_not_start_end_the_run(
+    cluster, tiny_checkpoint, rows, tmp_path, monkeypatch, capfd
+):
+    class Job:
+        def runs(self) -> bool:
+            return True
+
+    job = ray.remote(Job).options(num_cpus=2).remote()
+    assert ray.get(job.runs.remote())
+    monkeypatch.setattr(ray_engine, "START_SECONDS", 1)
+    try:
+        assert score(tiny_checkpoint, rows, "--output", tmp_path / "out.jsonl", *TWO) == 2
+    finally:
+        ray.kill(job)
+    said = capfd.readouterr().err
+    assert "2 actors (1 CPU each) were asked of the Ray cluster, but not all have started after 1 seconds" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@slow
+def test_a_replacement_that_does_not_start_ends_the_run(
+    cluster, tiny_checkpoint, rows, local, tmp_path, monkeypatch, capfd, engines
+):
+    output = tmp_path / "out.jsonl"
+
+    def kill():
+        monkeypatch.setattr(ray_engine, "START_SECONDS", 1)
+        engines[-1]._resources = {"CPU": 64}
+        os.kill(engines[-1]._actors[0].whereabouts.pid, signal.SIGKILL)
+
+    before_write(monkeypatch, 3, kill)
+    assert score(tiny_checkpoint, rows, "--output", output, *TWO) == 2
+    said = capfd.readouterr().err
+    assert "error: no new actor (64 CPU) started within 1 seconds after the one with pid" in said
+    assert "--resume goes on after them" in said
+    assert score(tiny_checkpoint, rows, "--output", output, "--resume") == 0
+    assert output.read_bytes() == local["jsonl"]
+
+
+@slow
 def test_a_strict_run_writes_what_comes_before_the_fault(cluster, tiny_checkpoint, rows, local, tmp_path, capfd):
     broken = write_jsonl(tmp_path / "rows.jsonl", [*mixed_rows(3), "{broken", *mixed_rows(9)])
     outputs = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
