@@ -13,7 +13,9 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from runtime.api.batcher import Busy
+from runtime.api.batcher import Busy, Closed
+from runtime.api.service import Service
+from runtime.chat import Rendered
 from runtime.errors import ConversationError
 from runtime.page.batch_job import BatchJob, Downloads
 from runtime.page.batch_tab import columns_of, score_upload, show_batch
@@ -100,7 +102,7 @@ def test_a_file_that_breaks_off_shows_what_it_gave(model, tmp_path):
     path.write_bytes(b"prompt,response\n" + b"Q,yes it is and more\n" * 40 + b'Q,"never closed\n')
     job = whole(model, path)
     assert not job.finished and "not CSV" in job.fault and job.records
-    assert "Stopped by the file" in show_batch(job) and "not CSV" in show_batch(job)
+    assert f"Stopped after {len(job.records)} rows" in show_batch(job) and "not CSV" in show_batch(job)
 
 
 def test_cancelling_stops_between_rows_and_leaves_the_queue(model, tmp_path, monkeypatch):
@@ -136,6 +138,24 @@ def test_a_full_queue_is_waited_for(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "submit", busy_at_first)
     assert whole(model, write_jsonl(tmp_path / "rows.jsonl", mixed_rows(4))).finished and len(refused) == 2
+
+
+def test_a_server_that_stops_ends_the_job(page_models, tmp_path):
+    from tests.page_server import load
+
+    service = load(Service(), page_models[:1])
+    job = BatchJob(service.get(None), write_jsonl(tmp_path / "rows.jsonl", mixed_rows(60)))
+    steps = job.run()
+    next(steps)
+    done = len(job.records)
+    service.close()
+    limit = threading.Timer(5, job.cancel)  # lest a job that asks again does so for ever
+    limit.start()
+    assert list(steps) == []
+    limit.cancel()
+    assert not job.finished and "The server is stopping" in job.fault and len(job.records) == done
+    with pytest.raises(Closed):
+        job.model.submit([Rendered([1], 0, [])])
 
 
 def test_a_visitor_who_leaves_stops_the_job(page_service, tmp_path):

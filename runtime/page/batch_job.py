@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import TimeoutError as StillWaiting
 from pathlib import Path
 
-from runtime.api.batcher import Busy
+from runtime.api.batcher import Busy, Closed
 from runtime.api.service import ServedModel
 from runtime.chat import Rendered
 from runtime.errors import ConversationError, KitError
@@ -108,6 +108,8 @@ class BatchJob:
             try:
                 future = self.model.submit(rendered)
                 break
+            except Closed:
+                raise
             except Busy as busy:
                 self._cancelled.wait(min(busy.retry_after, LONGEST_PAUSE))
         else:
