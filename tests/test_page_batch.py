@@ -17,6 +17,7 @@ from runtime.api.batcher import Busy, Closed
 from runtime.api.service import Service
 from runtime.chat import Rendered
 from runtime.errors import ConversationError
+from runtime.page import batch_job
 from runtime.page.batch_job import BatchJob, Downloads
 from runtime.page.batch_tab import columns_of, score_upload, show_batch
 from tests.tiny_score import mixed_rows, read_jsonl, score, write_jsonl
@@ -103,6 +104,23 @@ def test_a_file_that_breaks_off_shows_what_it_gave(model, tmp_path):
     job = whole(model, path)
     assert not job.finished and "not CSV" in job.fault and job.records
     assert f"Stopped after {len(job.records)} rows" in show_batch(job) and "not CSV" in show_batch(job)
+
+
+def test_files_of_too_many_rows_are_refused_or_broken_off(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_job, "MOST_ROWS", 20)
+    with pytest.raises(ConversationError, match=r"more than 20 rows.*python -m runtime\.score"):
+        BatchJob(model, write_jsonl(tmp_path / "rows.jsonl", mixed_rows(21)))
+    path = tmp_path / "rows.csv"  # whose rows nobody has counted
+    path.write_text("prompt,response\n" + "Q,yes it is and more\n" * 40)
+    job = whole(model, path)
+    assert not job.finished and "more than 20 rows" in job.fault and 0 < len(job.records) <= 20
+
+
+def test_errors_are_counted_as_they_come(model, tmp_path):
+    job = BatchJob(model, write_jsonl(tmp_path / "rows.jsonl", [*mixed_rows(40), "not json", {}]))
+    for _ in job.run():
+        assert job.errors == sum("error" in record for record in job.records)
+    assert job.errors >= 2
 
 
 def test_cancelling_stops_between_rows_and_leaves_the_queue(model, tmp_path, monkeypatch):
