@@ -13,6 +13,7 @@ from runtime.api.service import ServedModel
 from runtime.charts import Axis
 from runtime.conversation import RESPONSES_SHAPE, Message, parse_row
 from runtime.errors import ConversationError
+from runtime.page.rendering import render
 from runtime.preference import probability_preferred
 from runtime.rows import read_rows
 from runtime.scored_row import ranks_of
@@ -97,7 +98,7 @@ async def rank(model: ServedModel, turns: Sequence[Message], responses: Sequence
     """Score the responses in one request, best first.
 
     Raises:
-        ConversationError: there is none, there are more than `MOST_RESPONSES`, or one is too long.
+        ConversationError: there is none, there are more than `MOST_RESPONSES`, or they are too long.
         Busy: the queue is full.
     """
     if not responses:
@@ -106,12 +107,7 @@ async def rank(model: ServedModel, turns: Sequence[Message], responses: Sequence
         raise ConversationError(
             f"{len(responses):,} responses are more than the {MOST_RESPONSES} that fit here; score them as a batch."
         )
-    rendered = [
-        model.scorer.renderer.render(
-            [*turns, {"role": "assistant", "content": text}], truncate=True, where=f"Response {number}"
-        )
-        for number, text in enumerate(responses, 1)
-    ]
+    rendered = await render(model, turns, responses, range(1, len(responses) + 1))
     scores = await asyncio.wrap_future(model.submit(rendered))
     best, error = max(scores), model.error_margin
     ranked = [
