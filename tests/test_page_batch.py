@@ -13,8 +13,11 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from runtime.api.batcher import Busy
+from runtime.api.batcher import Busy, Closed
+from runtime.api.service import Service
+from runtime.chat import Rendered
 from runtime.errors import ConversationError
+from runtime.page import batch_job
 from runtime.page.batch_job import BatchJob, Downloads
 from runtime.page.batch_tab import columns_of, score_upload, show_batch
 from tests.tiny_score import mixed_rows, read_jsonl, score, write_jsonl
@@ -100,7 +103,24 @@ def test_a_file_that_breaks_off_shows_what_it_gave(model, tmp_path):
     path.write_bytes(b"prompt,response\n" + b"Q,yes it is and more\n" * 40 + b'Q,"never closed\n')
     job = whole(model, path)
     assert not job.finished and "not CSV" in job.fault and job.records
-    assert "Stopped by the file" in show_batch(job) and "not CSV" in show_batch(job)
+    assert f"Stopped after {len(job.records)} rows" in show_batch(job) and "not CSV" in show_batch(job)
+
+
+def test_files_of_too_many_rows_are_refused_or_broken_off(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_job, "MOST_ROWS", 20)
+    with pytest.raises(ConversationError, match=r"more than 20 rows.*python -m runtime\.score"):
+        BatchJob(model, write_jsonl(tmp_path / "rows.jsonl", mixed_rows(21)))
+    path = tmp_path / "rows.csv"  # whose rows nobody has counted
+    path.write_text("prompt,response\n" + "Q,yes it is and more\n" * 40)
+    job = whole(model, path)
+    assert not job.finished and "more than 20 rows" in job.fault and 0 < len(job.records) <= 20
+
+
+def test_errors_are_counted_as_they_come(model, tmp_path):
+    job = BatchJob(model, write_jsonl(tmp_path / "rows.jsonl", [*mixed_rows(40), "not json", {}]))
+    for _ in job.run():
+        assert job.errors == sum("error" in record for record in job.records)
+    assert job.errors >= 2
 
 
 def test_cancelling_stops_between_rows_and_leaves_the_queue(model, tmp_path, monkeypatch):
@@ -136,6 +156,24 @@ def test_a_full_queue_is_waited_for(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "submit", busy_at_first)
     assert whole(model, write_jsonl(tmp_path / "rows.jsonl", mixed_rows(4))).finished and len(refused) == 2
+
+
+def test_a_server_that_stops_ends_the_job(page_models, tmp_path):
+    from tests.page_server import load
+
+    service = load(Service(), page_models[:1])
+    job = BatchJob(service.get(None), write_jsonl(tmp_path / "rows.jsonl", mixed_rows(60)))
+    steps = job.run()
+    next(steps)
+    done = len(job.records)
+    service.close()
+    limit = threading.Timer(5, job.cancel)  # lest a job that asks again does so for ever
+    limit.start()
+    assert list(steps) == []
+    limit.cancel()
+    assert not job.finished and "The server is stopping" in job.fault and len(job.records) == done
+    with pytest.raises(Closed):
+        job.model.submit([Rendered([1], 0, [])])
 
 
 def test_a_visitor_who_leaves_stops_the_job(page_service, tmp_path):

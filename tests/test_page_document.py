@@ -63,6 +63,28 @@ def test_files_of_the_machine_are_not_served(client):
         assert client.get(f"gradio_api/file={path}").status_code in (403, 404)
 
 
+@pytest.mark.parametrize(("button", "place", "others"), [("batch-run", 1, [None, False]), ("best-run", 1, [None, "x"])])
+def test_no_address_is_fetched_for_a_file(client, monkeypatch, tmp_path, button, place, others):
+    """Neither where a file is expected nor where text is."""
+    fetched = []
+
+    async def fetch(url, cache_dir):
+        fetched.append(url)
+        (tmp_path / "x.jsonl").write_text("{}")
+        return str(tmp_path / "x.jsonl")
+
+    monkeypatch.setattr(gradio.processing_utils, "async_ssrf_protected_download", fetch)
+    config = client.get("config").json()
+    number = next(each["id"] for each in config["components"] if each["props"].get("elem_id") == button)
+    event = next(each["id"] for each in config["dependencies"] if [number, "click"] in each["targets"])
+    data = [*others[:place], {"path": "https://host/x.jsonl", "meta": {"_type": "gradio.FileData"}}, *others[place:]]
+    asked = {"data": data, "fn_index": event, "session_hash": button}
+    assert client.post("gradio_api/queue/join", json=asked).status_code == 200
+    answer = client.get("gradio_api/queue/data", params={"session_hash": button}).text
+    assert fetched == []
+    assert '"success":false' in answer and "upload the file itself" in answer
+
+
 def test_an_upload_that_is_too_large_is_refused(page_service):
     from tests.page_server import serving
 

@@ -74,6 +74,13 @@ def test_a_histogram_counts_every_value_once(values, error):
     assert len(plot.bars) <= 62 and plot.y_ticks[0][1] == "0"
 
 
+def test_margins_far_from_zero_have_no_tie_band():
+    for values in ([2.0, 3.0, 5.0], [-5.0, -3.0, -2.0]):
+        assert histogram(values, "margins", 0.1).tie is None
+    low, high = histogram([0.05, 3.0, 5.0], "margins", 0.1).tie
+    assert low < high == 0.1
+
+
 def test_a_histogram_of_equal_values_is_one_bar():
     assert len(histogram([0.3] * 5, "scores").bars) == 1
 

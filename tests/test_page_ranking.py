@@ -32,6 +32,10 @@ def test_blocks_are_told_apart_by_their_line_alone():
     assert split_responses("one\n---\nmore\r\n===\r\n\n  two ====\n === \n\n===\n") == ["one\n---\nmore", "  two ===="]
 
 
+def turns(*roles: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": f"the {role}'s"} for role in roles]
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
@@ -58,6 +62,17 @@ def test_files_of_responses(tmp_path, name, text):
         ("a.jsonl", '{"responses": [3]}\n', r"responses\[0\] is no text"),
         ("a.jsonl", "PK\x03\x04", "not JSON"),
         ("a.exe", "x", "no file of rows"),
+        ("a.jsonl", '{"messages": []}\n', "a.jsonl:1: messages holds no message"),
+        ("a.jsonl", '{"messages": null}\n', "has no response"),
+        ("a.jsonl", json.dumps({"messages": turns("system", "user", "assistant")}), "a.jsonl:1: messages are other"),
+        ("a.jsonl", json.dumps({"messages": turns("user", "assistant") * 2}), "score the file in the Batch tab"),
+        ("a.jsonl", json.dumps({"prompt": turns("system"), "response": "one"}), "prompt is no text"),
+        ("a.csv", "prompt,response\nQ,one\nP,two\n", "a.csv:3: the prompt is not that .* in the Batch tab"),
+        (
+            "a.jsonl",
+            '{"prompt": "Q", "response": "one"}\n{"prompt": "P", "response": "two"}\n',
+            "a.jsonl:2: the prompt",
+        ),
     ],
 )
 def test_other_files_are_refused(tmp_path, name, text, fault):

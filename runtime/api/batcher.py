@@ -31,6 +31,10 @@ class Busy(KitError):
         self.retry_after = retry_after
 
 
+class Closed(Busy):
+    """The queue takes nothing any more, so that there is no use in asking this server again."""
+
+
 class Model(Protocol):
     """What the batcher asks of a model."""
 
@@ -117,7 +121,8 @@ class Batcher:
         """Queue the rows of one request. Cancelling the future takes those out again that no batch has yet.
 
         Raises:
-            Busy: the queue is full, or closed.
+            Busy: the queue is full.
+            Closed: it takes nothing any more.
         """
         request = _Request(model, rendered)
         if not rendered:
@@ -125,7 +130,7 @@ class Batcher:
             return request.future
         with self._changed:
             if self._closed:
-                raise Busy("The server is stopping; ask again when it is back.", 5)
+                raise Closed("The server is stopping; ask again when it is back.", 5)
             waiting = self._waiting()
             if waiting and waiting + request.tokens_left > self.queue_tokens:
                 raise Busy(

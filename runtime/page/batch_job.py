@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import TimeoutError as StillWaiting
 from pathlib import Path
 
-from runtime.api.batcher import Busy
+from runtime.api.batcher import Busy, Closed
 from runtime.api.service import ServedModel
 from runtime.chat import Rendered
 from runtime.errors import ConversationError, KitError
@@ -20,6 +20,7 @@ from runtime.score_window import score_window
 from runtime.scored_row import Record
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # nothing that would have to be unzipped first
+MOST_ROWS = 100_000  # whose records are held for the visitor
 LOOK_AROUND = 0.2  # seconds between two looks at whether the job was cancelled
 LONGEST_PAUSE = 2.0  # seconds before a full queue is asked again
 
@@ -33,6 +34,7 @@ class BatchJob:
 
     Attributes:
         records: of the rows scored so far, in their order.
+        errors: how many of them say why their row has no score.
         total: about how many rows there are, where that is cheap to know.
         fault: why it ended early, empty if it did not.
         finished: whether every row has its record.
@@ -42,7 +44,7 @@ class BatchJob:
         """Open the file; its name says what it is and nothing else.
 
         Raises:
-            ConversationError: it is not what its name says.
+            ConversationError: it is not what its name says, or holds more than `MOST_ROWS`.
         """
         if path.suffix not in SUFFIXES:
             raise ConversationError(
@@ -50,10 +52,12 @@ class BatchJob:
             )
         self.model = model
         self.records: list[Record] = []
+        self.errors = 0
         self.fault = ""
         self.finished = False
         self._rows = ScoreInput.open(str(path))
         self.total = self._rows.count()
+        _check_rows(self.total or 0)
         self._truncate = truncate
         self._cancelled = threading.Event()
         self._start = time.perf_counter()
@@ -81,7 +85,9 @@ class BatchJob:
         windows = self._rows.windows(self.model.scorer.renderer, tokens=tokens, truncate=self._truncate, strict=False)
         try:
             for window in windows:
+                _check_rows(len(self.records) + len(window))
                 self.records += score_window(self._score, window, self.model.scorer.checkpoint)
+                self.errors += sum(bool(row.error) for row in window)
                 yield
                 if self.cancelled:
                     return
@@ -108,6 +114,8 @@ class BatchJob:
             try:
                 future = self.model.submit(rendered)
                 break
+            except Closed:
+                raise
             except Busy as busy:
                 self._cancelled.wait(min(busy.retry_after, LONGEST_PAUSE))
         else:
@@ -119,6 +127,14 @@ class BatchJob:
                 if self.cancelled:
                     future.cancel()
                     raise Cancelled from None
+
+
+def _check_rows(rows: int) -> None:
+    if rows > MOST_ROWS:
+        raise ConversationError(
+            f"The file holds more than {MOST_ROWS:,} rows, the most that are scored here; score it with "
+            "python -m runtime.score."
+        )
 
 
 class Downloads:

@@ -101,8 +101,7 @@ def show_progress(job: BatchJob) -> str:
     done = len(job.records)
     share = min(1.0, done / job.total) if job.total else None
     left = job.seconds * (1 / share - 1) if share else None
-    errors = sum("error" in record for record in job.records)
-    return fill("progress", done=done, total=job.total, share=share, left=left, errors=errors, doing="Scoring")
+    return fill("progress", done=done, total=job.total, share=share, left=left, errors=job.errors, doing="Scoring")
 
 
 def show_batch(job: BatchJob) -> str:
@@ -122,7 +121,7 @@ def show_batch(job: BatchJob) -> str:
         columns=columns_of(records),
         plot=plot,
         what="margin, chosen less rejected" if len(margins) > 1 else "score",
-        errors=sum("error" in record for record in records),
+        errors=job.errors,
         tokens=sum(sum(record.get("tokens", [])) for record in records),
         pairs=len(margins),
         chosen=proportion(sum(margin > 0 for margin in margins), len(margins)) if margins else None,

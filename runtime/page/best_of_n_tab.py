@@ -10,12 +10,11 @@ import gradio as gr
 
 from runtime.api.service import Service
 from runtime.errors import KitError
+from runtime.page.batch_job import SUFFIXES
 from runtime.page.comparison import read_turns
 from runtime.page.markup import fill, html_block, notice
 from runtime.page.ranking import SEPARATOR, bar_axis, join_responses, rank, read_responses, split_responses
 from runtime.page.waiting import QUICK, Awaiting, model_choice
-
-UPLOADS = [".jsonl", ".json", ".csv", ".parquet"]
 
 
 def best_of_n_tab(service: Service) -> Awaiting:
@@ -35,7 +34,7 @@ def best_of_n_tab(service: Service) -> Awaiting:
             )
             upload = gr.File(
                 label="Or a file of them",
-                file_types=UPLOADS,
+                file_types=list(SUFFIXES),
                 height=170,
                 scale=1,
                 min_width=240,

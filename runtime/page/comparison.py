@@ -12,6 +12,7 @@ from runtime.chat import Rendered
 from runtime.conversation import Message
 from runtime.errors import ConversationError, KitError
 from runtime.page.picture import Picture, draw
+from runtime.page.rendering import render
 from runtime.preference import probability_preferred
 from runtime.scored_pair import Scores
 
@@ -109,12 +110,7 @@ async def _score(model: ServedModel, turns: Sequence[Message], responses: Sequen
     row = Row(model)
     start = time.perf_counter()
     try:
-        row.rendered = [
-            model.scorer.renderer.render(
-                [*turns, {"role": "assistant", "content": text}], truncate=True, where=f"Response {name}"
-            )
-            for name, text in zip(NAMES, responses, strict=True)
-        ]
+        row.rendered = await render(model, turns, responses, NAMES)
         score_a, score_b = await asyncio.wrap_future(model.submit(row.rendered))
         row.scores = (score_a, score_b)
     except KitError as fault:

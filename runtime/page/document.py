@@ -16,6 +16,7 @@ from runtime.page.content_policy import ContentPolicy
 from runtime.page.markup import fill, html_block
 from runtime.page.model_tab import model_tab
 from runtime.page.parity_tab import parity_tab
+from runtime.page.sealed_blocks import SealedBlocks
 from runtime.page.theme import make_theme
 from runtime.page.waiting import QUICK, Awaiting
 from runtime.summary import FIGURE_ROWS
@@ -29,7 +30,7 @@ LONGEST_UPLOAD = "64mb"
 
 def make_page(service: Service) -> gr.Blocks:
     """The page, without its looks; `mount_page` serves it with them."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(LOOKED_AT, KEPT)) as page:
+    with SealedBlocks(title=TITLE, analytics_enabled=False, delete_cache=(LOOKED_AT, KEPT)) as page:
         masthead = html_block(show_masthead(service), elem_id="masthead")
         with gr.Tabs(overflow_behavior="wrap", elem_id="tabs"):
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"):

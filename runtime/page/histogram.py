@@ -30,7 +30,7 @@ class Histogram:
     """What the template draws: x in percent of the width, y in pixels.
 
     Attributes:
-        tie: values too close to zero to call, None where there is nothing to call.
+        tie: values too close to zero to call, None where there is nothing to call, or zero is far from the axis.
     """
 
     x: Axis
@@ -66,11 +66,12 @@ def histogram(values: Sequence[float], what: str, error: float | None = None) ->
         )
         for bin, count in sorted(counts.items())
     ]
+    tie = None if error is None or error < x.low or -error > x.high else (max(-error, x.low), min(error, x.high))
     above = sum(value > 0 for value in values)
     return Histogram(
         x,
         y,
         bars,
-        None if error is None else (max(-error, x.low), min(error, x.high)),
+        tie,
         f"Histogram of {len(values):,} {what}, from {low:.2f} to {high:.2f}; {above:,} are above zero.",
     )

@@ -11,8 +11,9 @@ from typing import Any
 
 from runtime.api.service import ServedModel
 from runtime.charts import Axis
-from runtime.conversation import RESPONSES_SHAPE, Message
+from runtime.conversation import RESPONSES_SHAPE, Message, parse_row
 from runtime.errors import ConversationError
+from runtime.page.rendering import render
 from runtime.preference import probability_preferred
 from runtime.rows import read_rows
 from runtime.scored_row import ranks_of
@@ -66,15 +67,21 @@ def read_responses(path: Path) -> tuple[str, list[str]]:
     """The prompt and the responses of an uploaded file: its first row with `responses`, or its rows' `response`.
 
     Raises:
-        ConversationError: it is no such file.
+        ConversationError: it is no such file, or its prompts differ.
     """
     prompt, responses = "", []
     for where, row in read_rows(path):
         if not isinstance(row, dict):
             raise ConversationError(f"{where}: the row is no object; {RESPONSES_SHAPE} was expected.")
-        if "messages" in row:  # as CSV's columns of prompt and response are read
-            row = {"prompt": row["messages"][0]["content"], "response": row["messages"][-1]["content"]}
-        prompt = prompt or _text(row.get("prompt", ""), f"{where}: prompt")
+        if row.get("messages") is not None:  # as CSV's columns of prompt and response are read
+            row = _read_exchange(row["messages"], where)
+        asked = _text(row.get("prompt", ""), f"{where}: prompt", "user")
+        if prompt and asked and asked != prompt:
+            raise ConversationError(
+                f"{where}: the prompt is not that of the rows before it, and responses to different prompts are not "
+                "ranked among each other; score the file in the Batch tab."
+            )
+        prompt = prompt or asked
         if isinstance(row.get("responses"), list):
             responses = [_text(each, f"{where}: responses[{index}]") for index, each in enumerate(row["responses"])]
             break
@@ -91,7 +98,7 @@ async def rank(model: ServedModel, turns: Sequence[Message], responses: Sequence
     """Score the responses in one request, best first.
 
     Raises:
-        ConversationError: there is none, there are more than `MOST_RESPONSES`, or one is too long.
+        ConversationError: there is none, there are more than `MOST_RESPONSES`, or they are too long.
         Busy: the queue is full.
     """
     if not responses:
@@ -100,12 +107,7 @@ async def rank(model: ServedModel, turns: Sequence[Message], responses: Sequence
         raise ConversationError(
             f"{len(responses):,} responses are more than the {MOST_RESPONSES} that fit here; score them as a batch."
         )
-    rendered = [
-        model.scorer.renderer.render(
-            [*turns, {"role": "assistant", "content": text}], truncate=True, where=f"Response {number}"
-        )
-        for number, text in enumerate(responses, 1)
-    ]
+    rendered = await render(model, turns, responses, range(1, len(responses) + 1))
     scores = await asyncio.wrap_future(model.submit(rendered))
     best, error = max(scores), model.error_margin
     ranked = [
@@ -133,9 +135,20 @@ def bar_axis(ranked: Sequence[Ranked]) -> Axis:
     return Axis(low - 0.08 * (high - low), high, 0.0, 100.0) if high > low else Axis(low - 1.0, low, 0.0, 100.0)
 
 
-def _text(value: Any, where: str) -> str:
-    """Text, or the one turn of messages."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+def _read_exchange(messages: Any, where: str) -> dict[str, str]:
+    """The prompt and the response of messages that are nothing more."""
+    turns = parse_row({"messages": messages}, where)
+    if not isinstance(turns, list) or [turn["role"] for turn in turns] != ["user", "assistant"]:
+        raise ConversationError(
+            f"{where}: messages are other turns than one of the user and one of the assistant; score the file in the "
+            "Batch tab."
+        )
+    return {"prompt": turns[0]["content"], "response": turns[1]["content"]}
+
+
+def _text(value: Any, where: str, role: str = "assistant") -> str:
+    """Text, or the one turn of messages, which is the role's."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == role:
         value = value[0].get("content")
     if not isinstance(value, str):
         raise ConversationError(f"{where} is no text; score the file as a batch, which takes messages too.")
