@@ -22,7 +22,7 @@ _OUTER = [group for group in BLOCK_LINEAR_GROUPS if len(group) == 1]  # these wr
 INTERPRETER = 480 << 20
 THREAD = 128 << 20
 MOST_THREADS = 8  # beyond which none was measured
-KERNELS = 256 << 20  # products in bf16 on a CPU keep a compiled kernel for every shape they met (measured on the demo)
+KERNELS = 64 << 20  # products in bf16 on a CPU keep a compiled kernel for each of the last shapes they met
 BITSANDBYTES = 128 << 20  # and what it imports
 # Of one linear while it is solved, by weight: its 16-bit original reordered, the fp32 weight that becomes the
 # error, the dequantized weight in fp32, codes before and after packing, and room for what a block of columns takes.
