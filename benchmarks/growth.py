@@ -136,14 +136,14 @@ def by_length(model: str, length: str) -> Figure:
     scorer = Scorer.from_pretrained(model, devices="cpu")
     each = token_rows(scorer, int(length))
     scorer.score_rendered(each[:1])
-    before, start = peak_memory(), time.perf_counter()
+    start = time.perf_counter()
     scorer.score_rendered(each)
     seconds = time.perf_counter() - start
     shape = scorer.checkpoint.architecture
     work = shape.linear_work(SWEEP, len(each))
     attention = 2 * SWEEP * int(length) * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
     figure = {"seconds": round(seconds, 2), "tokens_per_second": round(SWEEP / seconds, 1)}
-    return figure | {"attention_share_of_work": round(attention / (attention + work), 3), "peak_memory": before}
+    return figure | {"attention_share_of_work": round(attention / (attention + work), 3), "peak_memory": peak_memory()}
 
 
 def load(directory: str) -> Figure:
