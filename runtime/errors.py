@@ -38,3 +38,8 @@ class NonFiniteError(KitError):
     """
 
     block: int | None = None
+
+
+def printable(text: str) -> str:
+    """A message as any output can hold it: names of files and fields may have bytes that are no UTF-8."""
+    return text.encode(errors="backslashreplace").decode()

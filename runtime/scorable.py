@@ -19,7 +19,7 @@ from runtime.conversation import (
     read_category,
     read_id,
 )
-from runtime.errors import ConversationError
+from runtime.errors import ConversationError, printable
 
 Kind = Literal["pair", "responses", "conversation"]
 _KEYS = ("chosen", "rejected", "responses", "messages")
@@ -50,7 +50,7 @@ class Scorable:
     @classmethod
     def read(cls, row: Any, where: str) -> Scorable:
         """Take a row as `runtime.rows` yields it, its fault if it has one included."""
-        scorable = cls(_printable(where))
+        scorable = cls(printable(where))
         try:
             if isinstance(row, ConversationError):
                 raise row
@@ -91,7 +91,7 @@ class Scorable:
 
     def fail(self, fault: Exception) -> None:
         """Give up this row for a fault."""
-        text = _printable(str(fault))
+        text = printable(str(fault))
         self.error = text if text.startswith(self.where) else f"{self.where}: {text}"
         self.conversations, self.rendered = [], []
 
@@ -129,8 +129,3 @@ def _read_conversations(row: Any, where: str) -> tuple[Kind, list[list[Message]]
     if isinstance(parsed, PreferencePair):
         return "pair", [parsed.chosen_conversation, parsed.rejected_conversation]
     return "conversation", [parsed]
-
-
-def _printable(text: str) -> str:
-    """File names may hold bytes that are no UTF-8, which no output format can."""
-    return text.encode(errors="backslashreplace").decode()

@@ -11,6 +11,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from runtime.errors import printable
+
 
 class FaultDetail(BaseModel):
     """What is wrong, and where."""
@@ -35,7 +37,7 @@ class Fault(Exception):
 
     def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
         """The same as HTTP."""
-        detail = FaultDetail(message=_printable(self.message), field=self.field, code=self.status)
+        detail = FaultDetail(message=printable(self.message), field=self.field, code=self.status)
         retry = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return JSONResponse(FaultAnswer(error=detail).model_dump(), self.status, {**retry, **(headers or {})})
 
@@ -95,8 +97,4 @@ def field_name(location: Sequence[str | int]) -> str:
         if part == "str" or str(part).startswith("list["):
             continue
         name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
-    return _printable(name)[:200] or str(location[0])
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+    return printable(name)[:200] or str(location[0])

@@ -18,7 +18,7 @@ from runtime.api.limits import Limits
 from runtime.api.service import ServedModel, Service
 from runtime.api.traffic import GONE
 from runtime.chat import Rendered
-from runtime.conversation import Message, check_conversation
+from runtime.conversation import Message
 from runtime.errors import ConversationError, KitError
 
 RETRY_LOADING = 5  # seconds
@@ -134,7 +134,6 @@ class Scoring:
                     each.field,
                 )
             try:
-                check_conversation(each.messages, each.field)
                 rendered.append(model.variant.renderer.render(each.messages, truncate=truncate, where=each.field))
             except ConversationError as error:
                 raise Fault(422, str(error), each.field) from error
