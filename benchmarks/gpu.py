@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py --work /tmp/gpu     on a CUDA machine: true shapes of the 72B, 45 GB of disk
     python benchmarks/gpu.py --toy               anywhere, on the CPU, shapes a 32nd as wide and a few blocks
+    python benchmarks/gpu.py --device cpu --only peak forward --tokens 2048      true shapes where there is no GPU
 
 In order: the matmul peak; every dequantization against its plain twin, and its bandwidth against a copy's; flash
 attention against the plain one; one block scoring packed conversations, 16-bit, GPTQ-4 and NF4, as tokens a second and
@@ -50,6 +51,7 @@ from runtime.qwen2 import Block, Rotary  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 from tests.packed import packed_tensors  # noqa: E402
 
+FIGURES = ("peak", "kernels", "attention", "forward", "quantize", "model")
 SEQUENCE = 512  # tokens of each random conversation
 
 
@@ -57,10 +59,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="small shapes on the CPU, to see that everything runs")
     parser.add_argument("--work", type=Path, help="directory for the whole model (default: a temporary one)")
+    parser.add_argument("--device", help="default: cuda:0, with --toy cpu")
+    parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, metavar="NAME", help="of the figures")
+    parser.add_argument("--tokens", type=int, nargs="+", help="how many one block scores at once")
     arguments = parser.parse_args()
-    bench = Bench("cpu" if arguments.toy else "cuda:0", divide=32 if arguments.toy else 1, work=arguments.work)
-    figures = (bench.peak, bench.kernels, bench.attention, bench.forward, bench.quantize, bench.model)
-    return max([attempt(figure) for figure in figures])
+    device = arguments.device or ("cpu" if arguments.toy else "cuda:0")
+    bench = Bench(device, divide=32 if arguments.toy else 1, work=arguments.work, sizes=arguments.tokens)
+    return max([attempt(getattr(bench, figure)) for figure in FIGURES if figure in arguments.only])
 
 
 def attempt(figure: Callable[[], None]) -> int:
@@ -77,7 +82,7 @@ def attempt(figure: Callable[[], None]) -> int:
 class Bench:
     """One device, one block of one size."""
 
-    def __init__(self, device: str, divide: int, work: Path | None):
+    def __init__(self, device: str, divide: int, work: Path | None, sizes: list[int] | None = None):
         self.device = device
         heads = 64 // min(divide, 8)
         hidden, inner = 8192 // divide, 29568 // divide // 32 * 32
@@ -86,7 +91,7 @@ class Bench:
         )
         self.group_size = 128 if divide == 1 else 32
         self.quantization = Quantization("gptq", 4, self.group_size)
-        self.sizes = (1024, 4096, 16384) if divide == 1 else (512,)
+        self.sizes = sizes or ([1024, 4096, 16384] if divide == 1 else [512])
         self.calibration_tokens = 262_144 if divide == 1 else 1024
         self.divide, self.work = divide, work
         self.layers = 80 if divide == 1 else 4
@@ -121,7 +126,11 @@ class Bench:
         say("attention", largest_difference=round(float((there - plain).abs().max()), 5))
 
     def forward(self) -> None:
-        """Tokens a second through one block, and the share of the peak that its products reach."""
+        """Tokens a second through one block, and the share of the peak that its products reach.
+
+        `share_of_products` is of the rate that plain bf16 products of the same shapes reach.
+        """
+        plain = {tokens: self.products(tokens) for tokens in self.sizes}
         for kind in ("16-bit", "gptq-4", "nf4"):
             block = self.block(kind)
             block.stack()
@@ -137,7 +146,17 @@ class Bench:
                     tokens=tokens,
                     tokens_per_second=round(tokens / seconds),
                     share_of_peak=round(share, 3),
+                    share_of_products=round(plain[tokens] / seconds, 3),
                 )
+
+    def products(self, tokens: int) -> float:
+        """Seconds of a block's products alone, as torch does them."""
+        shapes = [self.architecture.linear_shape(name) for name in BLOCK_LINEARS]
+        pairs = [
+            (torch.randn(tokens, k).bfloat16().to(self.device), torch.randn(n, k).bfloat16().to(self.device))
+            for n, k in shapes
+        ]
+        return self.timed(lambda: [torch.nn.functional.linear(x, weight) for x, weight in pairs])
 
     def quantize(self) -> None:
         """Hessian, factorisation and solve of each group of one block, and 80 blocks of that."""

@@ -6,11 +6,10 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from runtime import charts, summary
 from runtime.files import write_whole
 from runtime.parity_report import BlockError, ParityReport
+from runtime.templating import templates
 
 JSON_FILE, HTML_FILE, JUNIT_FILE = "parity.json", "parity.html", "parity.junit.xml"
 
@@ -29,15 +28,7 @@ def render_sections(report: ParityReport) -> str:
 
 
 def _render(template: str, report: ParityReport, *, unfolded: bool) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(template).render(
+    return templates(_TEMPLATES).get_template(template).render(
         report=report,
         unfolded=unfolded,
         charts=charts,

@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
+
+from runtime.templating import templates
 
 _TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
 def add_documentation(api: FastAPI) -> None:
     """Serve `/docs`."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True)
-    template = environment.get_template("api.html")
+    template = templates(_TEMPLATES).get_template("api.html")
 
     @api.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
