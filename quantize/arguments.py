@@ -7,6 +7,7 @@ from pathlib import Path
 
 from quantize.recipe import METHODS
 from runtime.command import make_parser
+from runtime.devices import parse_size
 from runtime.errors import PlanError
 
 DESCRIPTION = """\
@@ -177,8 +178,7 @@ def _add_report(group: argparse._ArgumentGroup) -> None:
 
 
 def _bytes(text: str) -> int:
-    units = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
-    for unit, size in units.items():
-        if text.endswith(unit):
-            return int(float(text.removesuffix(unit)) * size)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 48GiB or 500MB")
+    size = parse_size(text)
+    if not size or text.isdigit():  # 48 bytes are not what anybody meant
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 48GiB or 500MB")
+    return size

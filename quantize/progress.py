@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn
 
 from runtime.memory import peak_memory
+from runtime.progress_line import progress_line
 
 
 class BlockProgress:
@@ -15,20 +16,8 @@ class BlockProgress:
 
     def __init__(self, blocks: int, finished: int, console: Console):
         self._block = finished
-        self._bar = Progress(
-            TextColumn("quantizing"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[linear]:<18}"),
-            TextColumn("{task.fields[loss]}"),
-            TextColumn("{task.fields[memory]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        texts = map(TextColumn, ("{task.fields[linear]:<18}", "{task.fields[loss]}", "{task.fields[memory]}"))
+        self._bar = progress_line(console, "quantizing", MofNCompleteColumn(), *texts)
         self._task = self._bar.add_task("", total=blocks, completed=finished, linear="", loss="", memory="")
 
     def __enter__(self) -> BlockProgress:

@@ -101,22 +101,24 @@ def parse_memory(memory: Memory | None) -> dict[str, int]:
     """
     if memory is None:
         return {}
-    if isinstance(memory, Mapping):
-        return {_canonical(name): _parse_size(str(size)) for name, size in memory.items()}
-    parts = [part.strip().partition("=") for part in memory.split(",")]
-    return {_canonical(name): _parse_size(size) for name, _, size in parts}
+    if isinstance(memory, str):
+        parts = [part.strip().partition("=") for part in memory.split(",")]
+        memory = {name: size for name, _, size in parts}
+    budgets = {_canonical(name): parse_size(str(size)) for name, size in memory.items()}
+    for name, size in memory.items():
+        if not budgets[_canonical(name)]:
+            raise PlanError(f"memory is {str(size)!r}; sizes such as cuda:0=20GiB or cpu=500MB were expected.")
+    return budgets
 
 
 def _canonical(name: str) -> str:
     return "cuda:0" if name == "cuda" else name
 
 
-def _parse_size(text: str) -> int:
+def parse_size(text: str) -> int:
+    """Bytes in `20GiB`, `500MB` or `1073741824`; 0 where it is no such size."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", text.strip())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size <= 0:
-        raise PlanError(f"memory is {text!r}; sizes such as cuda:0=20GiB or cpu=500MB were expected.")
-    return size
+    return int(float(match[1]) * _UNITS[match[2]]) if match else 0
 
 
 def _check_names(names: Sequence[str]) -> None:

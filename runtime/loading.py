@@ -8,12 +8,13 @@ from functools import partial
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
 from runtime.checkpoint import Checkpoint
 from runtime.linear import Tensors
 from runtime.lookahead import Lookahead
 from runtime.placement import Plan, Share
+from runtime.progress_line import progress_line
 from runtime.qwen2 import Block, Rotary
 
 READERS = 2  # one reads while another unpacks; more would hold more blocks that are not in place yet
@@ -93,7 +94,7 @@ def load_blocks(checkpoint: Checkpoint, plan: Plan, console: Console) -> list[Sh
     work: list[Callable[[], None]] = [partial(hold, index) for index in on_host]
     work += [partial(place, blocks, index) for blocks in shares for index in sorted(blocks.share.resident)]
     with (
-        _progress(console) as progress,
+        progress_line(console, "loading", MofNCompleteColumn()) as progress,
         Lookahead(lambda task: task(), work, depth=READERS, threads=READERS) as done,
     ):
         for _ in progress.track(done, total=len(work), description="loading"):
@@ -104,17 +105,3 @@ def load_blocks(checkpoint: Checkpoint, plan: Plan, console: Console) -> list[Sh
 def _everywhere(shares: Sequence[Share]) -> frozenset[int]:
     """Blocks that stay on every device of a sweep."""
     return frozenset.intersection(*(share.resident for share in shares))
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("loading"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )

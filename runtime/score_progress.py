@@ -6,8 +6,9 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
+from runtime.progress_line import progress_line
 from runtime.written import Written
 
 SHOWN_ERRORS = 5
@@ -28,18 +29,8 @@ class ScoreProgress:
         self._earlier = earlier
         self._shown_errors = 0
         self._start = time.perf_counter()
-        self._bar = Progress(
-            TextColumn("scoring"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[rows]}"),
-            TextColumn("{task.fields[rates]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=quiet or not console.is_terminal,
-            transient=True,
-        )
+        texts = map(TextColumn, ("{task.fields[rows]}", "{task.fields[rates]}"))
+        self._bar = progress_line(console, "scoring", *texts, quiet=quiet)
         self._task = self._bar.add_task("", total=total_rows, completed=earlier.rows, rows="", rates="")
 
     def __enter__(self) -> ScoreProgress:
