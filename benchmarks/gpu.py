@@ -35,9 +35,10 @@ from benchmarks.dequantize import KINDS, measure  # noqa: E402
 from benchmarks.giant import giant_config, write_giant  # noqa: E402
 from quantize.correction import Correction  # noqa: E402
 from quantize.factor import factorise  # noqa: E402
-from quantize.gptq import solve  # noqa: E402
+from quantize.gptq import SolvedLinear, solve  # noqa: E402
 from quantize.hessian import Hessian  # noqa: E402
 from quantize.plan import Load, Plan  # noqa: E402
+from quantize.refine import refine  # noqa: E402
 from quantize.settings import GPTQSettings  # noqa: E402
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture  # noqa: E402
 from runtime.attention import causal_attention  # noqa: E402
@@ -160,7 +161,7 @@ class Bench:
 
     def quantize(self) -> None:
         """Hessian, factorisation and solve of each group of one block, and 80 blocks of that."""
-        stages = dict.fromkeys(("hessian", "correction", "factorise", "solve"), 0.0)
+        stages = dict.fromkeys(("hessian", "correction", "factorise", "solve", "refine"), 0.0)
         settings = GPTQSettings(group_size=self.group_size)
         for group in BLOCK_LINEAR_GROUPS:
             in_features = self.architecture.linear_shape(group[0])[1]
@@ -174,12 +175,17 @@ class Bench:
             linears = [DenseLinear(self.weight(name)) for name in group]
             correction, weight = Correction(linears, in_features, self.device), hessian.weight
             stages["correction"] += self.once(lambda c=correction, x=x, n=rounds: [c.add(x, 0.9 * x) for _ in range(n)])
+            targets: list[torch.Tensor] = []
+            solved: list[SolvedLinear] = []
+            factor = found[0]
             for linear in linears:
-                targets: list[Any] = []
                 stages["correction"] += self.once(
-                    lambda t=targets, c=correction, f=found, each=linear, w=weight: t.append(c.target(each, f[0], w))
+                    lambda t=targets, c=correction, f=factor, each=linear, w=weight: t.append(c.target(each, f, w))
                 )
-                stages["solve"] += self.once(lambda t=targets, f=found: solve(t[0], f[0], settings))
+                stages["solve"] += self.once(lambda t=targets, f=factor, s=solved: s.append(solve(t[-1], f, settings)))
+            matrix = factor.into_hessian()
+            for target, each in zip(targets, solved, strict=True):
+                stages["refine"] += self.once(lambda t=target, s=each, m=matrix, f=factor: refine(t, s, m, f, settings))
         say(
             "quantize_block",
             tokens=self.calibration_tokens,
@@ -256,7 +262,7 @@ class Bench:
         return (weight * in_features**-0.5).bfloat16()
 
     def plan(self, tokens: int) -> Plan:
-        return Plan(self.architecture, self.quantization, Load(tokens, 0, tokens), True, True, 2, False, self.device)
+        return Plan(self.architecture, self.quantization, Load(tokens, 0, tokens), True, True, 3, 2, False, self.device)
 
     def timed(self, action: Callable[[], Any], rounds: int = 5) -> float:
         """Median seconds of `rounds` runs, after two to warm up."""

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from quantize.plan import GIB, Load, Plan  # noqa: E402
+from quantize.settings import GPTQSettings  # noqa: E402
 from runtime.architecture import Architecture, block_prefix  # noqa: E402
 from runtime.checkpoint import open_checkpoint  # noqa: E402
 from runtime.quantization import Quantization  # noqa: E402
@@ -41,6 +42,7 @@ H100 = {
     "correction": 400e12,  # bf16 products, and two triangular solves in fp32
     "factorisation": 25e12,  # fp32, blocked
     "solve": 25e12,  # fp32 products between blocks of columns
+    "refinement": 40e12,  # fp32 products, of groups with all columns
 }
 COLUMN_STEP = 40e-6  # seconds: a few kernel launches for each column of each linear
 PCIE = 25e9  # bytes a second from host memory
@@ -178,13 +180,14 @@ def project(tokens: int = 262_144, blocks: int = 80) -> dict:
         Load(tokens, 0, 16384),
         calibrated=True,
         correction=True,
+        refine_passes=GPTQSettings().refine_passes,
         matmul_bytes=2,
         prefetch=True,
         device="cuda:0",
     )
     stages = {name: work / H100[name] for name, work in plan.work().items()}
     stages["Hessians"] *= 9 / 16
-    stages["columns"] = COLUMN_STEP * (6 * 8192 + 29568)
+    stages["columns"] = COLUMN_STEP * (1 + plan.refine_passes) * (6 * 8192 + 29568)
     stages["transfers"] = (plan.block_bytes + 12 * 4 * tokens * 8192) / PCIE
     return {
         "assumptions": {"rates": H100, "column_step_s": COLUMN_STEP, "pcie_bytes_s": PCIE, "tokens": tokens},

@@ -143,6 +143,13 @@ def _add_solver(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--no-correction", action="store_true", help="do not correct linears towards the reference stream"
     )
+    group.add_argument(
+        "--refine-passes",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how often codes and scales are visited again after the solve (default %(default)s; 0: never)",
+    )
     group.add_argument("--no-static-groups", action="store_true", help="choose scales when a group is entered")
     group.add_argument("--no-activation-order", action="store_true", help="solve columns in their stored order")
     group.add_argument("--no-importance-scales", action="store_true", help="plain min-max scales")

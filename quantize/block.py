@@ -8,18 +8,20 @@ factorisation, and so do gate and up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from quantize.correction import Correction
-from quantize.gptq import factorise, solve
+from quantize.gptq import Factor, SolvedLinear, factorise, solve
 from quantize.hessian import Hessian
 from quantize.int8 import quantize_int8
 from quantize.nf4 import quantize_nf4
 from quantize.recipe import Recipe
+from quantize.refine import refine
 from quantize.rounding import round_to_nearest
 from quantize.streams import Streams
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS
@@ -150,7 +152,8 @@ class _Packer:
         self.quantization = recipe.quantization()
         self.tensors: Tensors = {name: block.norms[name] for name in BLOCK_NORMS}
         self.linears: dict[str, LinearFigures] = {}
-        self.seconds = dict.fromkeys(("inputs", "hessian", "factorise", "solve", "pack"), 0.0)
+        self.seconds = dict.fromkeys(("inputs", "hessian", "factorise", "solve", "refine", "pack"), 0.0)
+        self._spent: dict[str, float] = dict.fromkeys(BLOCK_LINEARS, 0.0)
         self._loss: float | None = None
 
     def calibrate(self, group: Sequence[str], there: Inputs, wanted: Inputs, stream: Stream) -> None:
@@ -181,43 +184,68 @@ class _Packer:
         factor = factorise(matrix, self.recipe.settings(), label)
         del matrix
         self.seconds["factorise"] += time.perf_counter() - start
+        targets = []
         for name, linear in zip(group, linears, strict=True):
+            with self._timed("solve", name):
+                if correction:
+                    targets.append(correction.target(linear, factor, hessian.weight))
+                else:
+                    targets.append(linear.weight(torch.float32))
+        self._pack(group, self._solve(group, targets, factor))
+
+    def _solve(self, group: Sequence[str], targets: Sequence[torch.Tensor], factor: Factor) -> list[SolvedLinear]:
+        """Codes and scales of each linear, refined once the factor is no longer needed."""
+        settings, solved = self.recipe.settings(), []
+        for name, target in zip(group, targets, strict=True):
             self.watch(name, self._loss)
-            start = time.perf_counter()
-            target = correction.target(linear, factor, hessian.weight) if correction else linear.weight(torch.float32)
-            solved = solve(target, factor, self.recipe.settings())
-            elapsed = time.perf_counter() - start
-            self.seconds["solve"] += elapsed
-            packed = pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, self.recipe.bits)
-            self.seconds["pack"] += time.perf_counter() - start - elapsed
+            with self._timed("solve", name):
+                solved.append(solve(target, factor, settings))
+        if not settings.refine_passes:
+            return solved
+        matrix = factor.into_hessian()
+        for index, (name, target) in enumerate(zip(group, targets, strict=True)):
+            with self._timed("refine", name):
+                solved[index] = refine(target, solved[index], matrix, factor, settings)
+        return solved
+
+    def _pack(self, group: Sequence[str], solved: Sequence[SolvedLinear]) -> None:
+        for name, each in zip(group, solved, strict=True):
+            with self._timed("pack", name):
+                packed = pack_gptq(each.codes, each.zeros, each.scales, each.g_idx, self.recipe.bits)
             figures = LinearFigures(
-                solved.loss,
-                solved.relative_loss,
-                _decibels(solved.relative_loss),
-                solved.damp,
-                solved.dead_columns,
-                list(solved.notes),
-                elapsed,
+                each.loss,
+                each.relative_loss,
+                _decibels(each.relative_loss),
+                each.damp,
+                each.dead_columns,
+                list(each.notes),
             )
             self._replace(name, packed, figures)
 
     def round(self, name: str) -> None:
         """Quantize a linear from its weight alone."""
         self.watch(name, self._loss)
-        start = time.perf_counter()
-        weight = self.block.linears[name].weight(self.block.architecture.dtype)
-        packed = self._round(weight)
-        before = weight.float()
-        after = make_linear(packed, self.quantization, self.block.architecture.linear_shape(name))
-        error = after.weight(torch.float32).sub_(before)
-        loss, power = (float(torch.linalg.vector_norm(each)) ** 2 / each.numel() for each in (error, before))
-        relative = loss / power if power else 0.0
-        elapsed = time.perf_counter() - start
-        self.seconds["solve"] += elapsed
-        self._replace(name, packed, LinearFigures(loss, relative, _decibels(relative), seconds=elapsed))
+        with self._timed("solve", name):
+            weight = self.block.linears[name].weight(self.block.architecture.dtype)
+            packed = self._round(weight)
+            before = weight.float()
+            after = make_linear(packed, self.quantization, self.block.architecture.linear_shape(name))
+            error = after.weight(torch.float32).sub_(before)
+            loss, power = (float(torch.linalg.vector_norm(each)) ** 2 / each.numel() for each in (error, before))
+            relative = loss / power if power else 0.0
+        self._replace(name, packed, LinearFigures(loss, relative, _decibels(relative)))
 
     def result(self) -> PackedBlock:
         return PackedBlock(self.tensors, self.linears, self.seconds)
+
+    @contextmanager
+    def _timed(self, stage: str, name: str) -> Generator[None, None, None]:
+        """Count what is done within as this stage of this linear."""
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        self.seconds[stage] += elapsed
+        self._spent[name] += elapsed
 
     def _round(self, weight: torch.Tensor) -> Tensors:
         if self.recipe.method == "nf4":
@@ -232,7 +260,7 @@ class _Packer:
         shape = self.block.architecture.linear_shape(name)
         self.block.linears[name] = make_linear(packed | bias, self.quantization, shape)
         self.tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in (packed | bias).items()}
-        self.linears[name] = figures
+        self.linears[name] = replace(figures, seconds=self._spent[name])
         self._loss = figures.relative_loss
 
 

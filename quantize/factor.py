@@ -20,7 +20,8 @@ class Factor:
 
     Attributes:
         columns: int64 [K], the input feature at each position; quantization runs from the last to the first.
-        upper: fp32 [K, K]; only the part above the diagonal is meaningful, the diagonal itself counts as 1.
+        upper: fp32 [K, K]; above the diagonal U, whose diagonal counts as 1; below it H in the order of `columns`.
+        diagonal: fp32 [K], H's damped one in that order.
         pivots: fp32 [K], the variance of each position that the positions before it do not explain.
         damp: what was added to it.
         dead: int64 [D], input features that calibration never saw differ from 0.
@@ -29,6 +30,7 @@ class Factor:
 
     columns: Tensor
     upper: Tensor
+    diagonal: Tensor
     pivots: Tensor
     damp: float
     dead: Tensor
@@ -48,6 +50,17 @@ class Factor:
             solved = torch.linalg.solve_triangular(self.upper.T, part[self.columns], upper=False, unitriangular=True)
             solved /= self.pivots[:, None]
             part[self.columns] = torch.linalg.solve_triangular(self.upper, solved, upper=True, unitriangular=True)
+
+    def into_hessian(self) -> Tensor:
+        """H + damp I, fp32 [K, K] in the order of `columns`, in the buffer of the factor, which is lost."""
+        for start in range(0, len(self.upper), 512):
+            stop = start + 512
+            square = self.upper[start:stop, start:stop]
+            below = square.tril(-1)
+            square.copy_(below + below.T)
+            self.upper[start:stop, stop:] = self.upper[stop:, start:stop].T
+        self.upper.diagonal().copy_(self.diagonal)
+        return self.upper
 
     def energy(self, columns: Tensor, block_size: int = 512) -> float:
         """tr(C^T H C), undamped, of C [K, N] fp32 in `self.columns` order: its mean squared output norm."""
@@ -86,10 +99,11 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
     damp_percent = settings.damp_percent
     upper = torch.empty_like(hessian)
     while True:
-        _gather_upper(hessian, columns, upper)
+        _gather(hessian, columns, upper)
         damped = diagonal + damp_percent * mean
         damped[dead] = 1.0
-        upper.diagonal().copy_(damped[columns])
+        damped = damped[columns]
+        upper.diagonal().copy_(damped)
         if _cholesky_in_place(upper):
             break
         damp_percent = max(10 * damp_percent, SMALLEST_RETRY)
@@ -100,8 +114,8 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
             )
         notes = [f"{name}: damp_percent raised from {settings.damp_percent:g} to {damp_percent:g}"]
     roots = upper.diagonal().clone()
-    upper /= roots[:, None]
-    return Factor(columns, upper, roots.square(), damp_percent * mean, dead, tuple(notes))
+    _divide_above_diagonal(upper, roots)
+    return Factor(columns, upper, damped, roots.square(), damp_percent * mean, dead, tuple(notes))
 
 
 def _order(diagonal: Tensor) -> Tensor:
@@ -109,26 +123,35 @@ def _order(diagonal: Tensor) -> Tensor:
     return diagonal.argsort(descending=True, stable=True)
 
 
-def _gather_upper(hessian: Tensor, columns: Tensor, upper: Tensor, block_size: int = 512) -> None:
+def _gather(hessian: Tensor, columns: Tensor, into: Tensor, block_size: int = 512) -> None:
     for start in range(0, len(columns), block_size):
-        rows = hessian[columns[start : start + block_size]]
-        upper[start : start + block_size, start:] = rows[:, columns[start:]]
+        into[start : start + block_size] = hessian[columns[start : start + block_size]][:, columns]
+
+
+def _divide_above_diagonal(matrix: Tensor, divisors: Tensor, block_size: int = 512) -> None:
+    """Divide each row of a matrix [K, K] by its divisor [K], from the diagonal on."""
+    for start in range(0, len(matrix), block_size):
+        stop = start + block_size
+        by, square = divisors[start:stop, None], matrix[start:stop, start:stop]
+        square.copy_((square.triu() / by).add_(square.tril(-1)))
+        matrix[start:stop, stop:] /= by
 
 
 def _cholesky_in_place(matrix: Tensor) -> bool:
     """Replace the upper triangle of a symmetric matrix [K, K] by R with R^T R = matrix; whether it succeeded.
 
     Left-looking and blocked, so that nearly all of the K^3 / 3 multiplications are matrix products. It takes
-    no second buffer, never reads below the diagonal blocks, and is faster than LAPACK's on a CPU.
+    no second buffer, leaves what is below the diagonal as it is, and is faster than LAPACK's on a CPU.
     """
     block_size = 1024 if matrix.is_cuda else 256
     for start in range(0, len(matrix), block_size):
         stop = min(start + block_size, len(matrix))
         above, panel = matrix[:start, start:], matrix[start:stop, start:]
+        below = panel[:, : stop - start].tril(-1)
         panel.addmm_(above[:, : stop - start].T, above, alpha=-1)
         root, failed = torch.linalg.cholesky_ex(panel[:, : stop - start], upper=True)
         if failed.item():
             return False
-        panel[:, : stop - start] = root
+        panel[:, : stop - start] = below.add_(root)
         panel[:, stop - start :] = torch.linalg.solve_triangular(root.T, panel[:, stop - start :], upper=False)
     return True

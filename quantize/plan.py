@@ -29,7 +29,9 @@ BITSANDBYTES = 128 << 20  # and what it imports
 SOLVE_BYTES = 2 + 4 + 4 + 2 + 2
 # And what is solved for in fp32, where it has no buffer of its own already.
 CORRECT_BYTES = 4
-# The same where a linear is rounded without data, by stored layout (measured).
+# Of one that is solved while others of its group are not: what was solved for, and codes.
+SOLVED_BYTES = 4 + 1
+# What one needs that is rounded without data, by stored layout (measured).
 ROUND_BYTES = {"gptq": 18, "nf4": 14, "int8": 13}
 
 
@@ -57,6 +59,7 @@ class Plan:
         load: tokens of calibration and parity rows.
         calibrated: whether Hessians are accumulated (GPTQ) or weights rounded alone.
         correction: whether linears are corrected towards the reference stream.
+        refine_passes: how often solved linears are visited again.
         matmul_bytes: bytes of a matmul input, 2 or 4.
         prefetch: whether the next block is read while this one is in use.
         device: `cpu` or a CUDA device.
@@ -67,6 +70,7 @@ class Plan:
     load: Load
     calibrated: bool
     correction: bool
+    refine_passes: int
     matmul_bytes: int
     prefetch: bool
     device: str
@@ -127,14 +131,16 @@ class Plan:
         """The most that calibrating the linears of one group needs.
 
         First the Hessian and the correction grow beside the activations, then the Hessian's factor is taken beside
-        them, and last each linear is corrected and solved beside the factor.
+        them, and last each linear is corrected and solved beside the factor. What was asked for and what came of it
+        stays until all are solved, and is refined beside the Hessian in the factor's place, which takes no more.
         """
         out_features, in_features = self.architecture.linear_shape(group[0])
         hessian = 4 * in_features**2
         correction = 0 if not self.correction else 4 * in_features * (out_features if len(group) == 1 else in_features)
         growing = hessian + self._activation_bytes + self._cast_bytes
         each = SOLVE_BYTES + (CORRECT_BYTES if self.correction and len(group) > 1 else 0)
-        solving = hessian + max(self._size(name) for name in group) * each
+        sizes = sorted(self._size(name) for name in group)
+        solving = hessian + sizes[-1] * each + sum(sizes[:-1]) * SOLVED_BYTES
         return self.block_bytes + self._packed_block + correction + max(growing, 2 * hessian, solving)
 
     @property
@@ -192,6 +198,8 @@ class Plan:
             )
         stages["factorisation"] = sum(k**3 / 3.0 for k in self._inputs)
         stages["solve"] = sum(self._size(name) * self.architecture.linear_shape(name)[1] for name in BLOCK_LINEARS)
+        if self.refine_passes:
+            stages["refinement"] = 2 * (1 + self.refine_passes) * stages["solve"]
         return stages
 
     @property

@@ -42,6 +42,7 @@ class Recipe:
     static_groups: bool
     activation_order: bool
     importance_scales: bool
+    refine_passes: int
     scored_share: float
     correction: bool
     token_budget: int

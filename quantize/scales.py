@@ -72,7 +72,7 @@ def _normalised(importance: Tensor) -> Tensor:
     return torch.where(mean > 0, importance / mean, torch.ones_like(importance))
 
 
-def _storable(scale: Tensor) -> Tensor:
+def storable(scale: Tensor) -> Tensor:
     """The fp16 value that will be stored, as fp32: finite, normal, its sign kept."""
     magnitude = scale.abs().clamp_(SMALLEST_SCALE, LARGEST_SCALE).half().float()
     return torch.copysign(magnitude, scale)
@@ -85,7 +85,7 @@ def _symmetric(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     shrinks = torch.linspace(*SHRINKS[bits], CANDIDATES // 2, device=weight.device)
     steps = torch.cat([shrinks / -half, shrinks / (half - 1)])  # the extreme on the long side, or the short
     scales = torch.cat([extreme.abs()[None] / (half - 0.5), steps[:, None, None] * extreme])
-    return _storable(scales), torch.full_like(extreme, half)
+    return storable(scales), torch.full_like(extreme, half)
 
 
 def _asymmetric(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def _asymmetric(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     step = ((weight.amax(dim=2).clamp_(min=0) - low) / top).clamp_(min=TINY)
     shrinks = torch.linspace(*SHRINKS[bits], CANDIDATES, device=weight.device)
     scales = torch.cat([step[None], shrinks[:, None, None] * step])
-    return _storable(scales), (-low / step).round_().clamp_(1, top)
+    return storable(scales), (-low / step).round_().clamp_(1, top)
 
 
 class _Search:
@@ -129,7 +129,7 @@ class _Search:
         along, power = torch.empty_like(scale), torch.empty_like(scale)
         best, least = scale, torch.full_like(scale, torch.inf)
         for _ in range(REFITS):
-            scale = _storable(scale)
+            scale = storable(scale)
             self._round(scale)
             self._sums(along, power)
             error = self._error(scale)

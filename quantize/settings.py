@@ -21,6 +21,7 @@ class GPTQSettings:
     desc_act: form the groups along the activation order; `g_idx` is then a permutation's.
     importance_scales: search each scale for the least squared error, each weight's counted at what it costs
         at the output, instead of taking min-max.
+    refine_passes: how often all codes and scales are visited again after the solve.
     damp_percent: this fraction of the Hessian's mean diagonal is added to the diagonal.
     """
 
@@ -32,6 +33,7 @@ class GPTQSettings:
     static_groups: bool = True
     activation_order: bool = True
     importance_scales: bool = True
+    refine_passes: int = 3
     block_size: int = 128
 
     def __post_init__(self) -> None:
@@ -41,6 +43,8 @@ class GPTQSettings:
             raise PlanError(f"group_size is {self.group_size}; give a positive size, or -1 for one group a row.")
         if not 0 <= self.damp_percent <= 1:
             raise PlanError(f"damp_percent is {self.damp_percent}; it is a fraction between 0 and 1.")
+        if self.refine_passes < 0:
+            raise PlanError(f"refine_passes is {self.refine_passes}; 0 or more were expected.")
         if self.desc_act and not self.activation_order:
             raise PlanError("desc_act needs activation_order: its groups are formed along that order.")
         if self.activation_order and not self.desc_act and not self.static_groups and self.group_size != -1:

@@ -260,7 +260,7 @@ def test_whoever_watches_is_told_of_every_linear_and_the_loss_before():
 
 def test_every_stage_takes_its_seconds():
     packed = quantize(make_streams())
-    assert set(packed.seconds) == {"inputs", "hessian", "factorise", "solve", "pack"}
+    assert set(packed.seconds) == {"inputs", "hessian", "factorise", "solve", "refine", "pack"}
     assert all(seconds > 0 for seconds in packed.seconds.values())
 
 

@@ -31,7 +31,8 @@ LOAD = Load(calibration_tokens=16_384, parity_tokens=32_768, longest_batch=2048)
 
 def plan_of(architecture: Architecture = LARGE, quantization: Quantization = GPTQ, **more) -> Plan:
     calibrated = quantization.method == "gptq"
-    fields = {"load": LOAD, "calibrated": calibrated, "correction": calibrated, "matmul_bytes": 4, "prefetch": True,
+    fields = {"load": LOAD, "calibrated": calibrated, "correction": calibrated, "refine_passes": 3,
+              "matmul_bytes": 4, "prefetch": True,
               "device": "cpu"}  # fmt: skip
     return Plan(architecture, quantization, **fields | more)
 
