@@ -160,7 +160,7 @@ class Bench:
         return self.timed(lambda: [torch.nn.functional.linear(x, weight) for x, weight in pairs])
 
     def quantize(self) -> None:
-        """Hessian, factorisation and solve of each group of one block, and 80 blocks of that."""
+        """Every stage of quantizing one block but for the two streams, and 80 blocks of that."""
         stages = dict.fromkeys(("hessian", "correction", "factorise", "solve", "refine"), 0.0)
         settings = GPTQSettings(group_size=self.group_size)
         for group in BLOCK_LINEAR_GROUPS:
@@ -171,7 +171,9 @@ class Bench:
             stages["hessian"] += self.once(lambda h=hessian, x=x, n=rounds: [h.add(x) for _ in range(n)])
             matrix = hessian.matrix()
             found: list[Any] = []
+            hessian.finish()
             stages["factorise"] += self.once(lambda m=matrix, f=found: f.append(factorise(m, settings)))
+            del matrix
             linears = [DenseLinear(self.weight(name)) for name in group]
             correction, weight = Correction(linears, in_features, self.device), hessian.weight
             stages["correction"] += self.once(lambda c=correction, x=x, n=rounds: [c.add(x, 0.9 * x) for _ in range(n)])
@@ -183,9 +185,9 @@ class Bench:
                     lambda t=targets, c=correction, f=factor, each=linear, w=weight: t.append(c.target(each, f, w))
                 )
                 stages["solve"] += self.once(lambda t=targets, f=factor, s=solved: s.append(solve(t[-1], f, settings)))
-            matrix = factor.into_hessian()
+            stages["refine"] += self.once(factor.into_hessian)
             for target, each in zip(targets, solved, strict=True):
-                stages["refine"] += self.once(lambda t=target, s=each, m=matrix, f=factor: refine(t, s, m, f, settings))
+                stages["refine"] += self.once(lambda t=target, s=each, f=factor: refine(t, s, f.upper, f, settings))
         say(
             "quantize_block",
             tokens=self.calibration_tokens,
@@ -262,7 +264,17 @@ class Bench:
         return (weight * in_features**-0.5).bfloat16()
 
     def plan(self, tokens: int) -> Plan:
-        return Plan(self.architecture, self.quantization, Load(tokens, 0, tokens), True, True, 3, 2, False, self.device)
+        return Plan(
+            self.architecture,
+            self.quantization,
+            Load(tokens, 0, tokens),
+            calibrated=True,
+            correction=True,
+            refine_passes=GPTQSettings().refine_passes,
+            matmul_bytes=2,
+            prefetch=False,
+            device=self.device,
+        )
 
     def timed(self, action: Callable[[], Any], rounds: int = 5) -> float:
         """Median seconds of `rounds` runs, after two to warm up."""

@@ -35,7 +35,7 @@ from runtime.workspace import Workspace
 Inputs = Iterator[tuple[int, torch.Tensor]]
 """Batches, and what a group of linears sees of each, [T, K]."""
 Watch = Callable[[str, float | None], None]
-"""Told of each linear as it is begun, with the relative loss of the one before."""
+"""Told of each linear as it is solved and as it is refined, with the relative loss of the one before."""
 
 
 @dataclass
@@ -200,12 +200,16 @@ class _Packer:
             self.watch(name, self._loss)
             with self._timed("solve", name):
                 solved.append(solve(target, factor, settings))
+            self._loss = solved[-1].relative_loss
         if not settings.refine_passes:
             return solved
-        matrix = factor.into_hessian()
+        with self._timed("refine", group[0]):
+            matrix = factor.into_hessian()
         for index, (name, target) in enumerate(zip(group, targets, strict=True)):
+            self.watch(name, self._loss)
             with self._timed("refine", name):
                 solved[index] = refine(target, solved[index], matrix, factor, settings)
+            self._loss = solved[index].relative_loss
         return solved
 
     def _pack(self, group: Sequence[str], solved: Sequence[SolvedLinear]) -> None:

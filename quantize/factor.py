@@ -52,7 +52,7 @@ class Factor:
             part[self.columns] = torch.linalg.solve_triangular(self.upper, solved, upper=True, unitriangular=True)
 
     def into_hessian(self) -> Tensor:
-        """H + damp I, fp32 [K, K] in the order of `columns`, in the buffer of the factor, which is lost."""
+        """H + damp I, fp32 [K, K] in the order of `columns`. It takes the place of `upper`, so solving is over."""
         for start in range(0, len(self.upper), 512):
             stop = start + 512
             square = self.upper[start:stop, start:stop]

@@ -38,7 +38,7 @@ class SolvedLinear:
         scales: fp16 [G, N].
         g_idx: int32 [K].
         loss: mean squared output error over the calibration tokens, tr(D H D^T), without damping.
-        relative_loss: the same divided by the mean squared output, tr(W H W^T).
+        energy: the mean squared output, tr(W H W^T).
         damp: what was added to the Hessian's diagonal.
         dead_columns: how many input features were 0 throughout calibration; their weights became 0.
         notes: fallbacks taken, for the report.
@@ -49,7 +49,7 @@ class SolvedLinear:
     scales: Tensor
     g_idx: Tensor
     loss: float
-    relative_loss: float
+    energy: float
     damp: float
     dead_columns: int
     notes: tuple[str, ...]
@@ -58,6 +58,11 @@ class SolvedLinear:
     def weight(self) -> Tensor:
         """fp32 [N, K], exactly what a reader computes from codes, zeros, scales and g_idx."""
         return dequantize(self.codes, self.zeros, self.scales, self.g_idx)
+
+    @property
+    def relative_loss(self) -> float:
+        """The loss over the mean squared output."""
+        return self.loss / self.energy if self.energy > 0 else 0.0
 
     @property
     def sqnr_db(self) -> float:
@@ -100,7 +105,7 @@ def solve(weight: Tensor, factor: Factor, settings: GPTQSettings, name: str = "a
         scales=grid.scales,
         g_idx=grid.g_idx,
         loss=undamped,
-        relative_loss=undamped / energy if energy > 0 else 0.0,
+        energy=energy,
         damp=factor.damp,
         dead_columns=len(factor.dead),
         notes=factor.notes,

@@ -15,6 +15,7 @@ from runtime.errors import PlanError
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
 
 GIB = 1 << 30
+FP32_STAGES = ("factorisation", "solve", "refinement")  # of `Plan.work`, whatever the dtype
 _INNER = [group for group in BLOCK_LINEAR_GROUPS if len(group) > 1]
 _OUTER = [group for group in BLOCK_LINEAR_GROUPS if len(group) == 1]  # these write to the residual stream
 # Python with torch, tokenizers and scipy, before any tensor, and what each further thread holds of its own
@@ -182,7 +183,7 @@ class Plan:
     # ---- work -------------------------------------------------------------------------------------------
 
     def work(self) -> dict[str, float]:
-        """Floating-point operations of one block, by stage."""
+        """Floating-point operations of one block, by stage; those of `FP32_STAGES` are in fp32."""
         forward = 2.0 * self.block_weights
         stages = {"reference stream": forward * self.load.tokens, "quantized stream": forward * self.load.tokens}
         if not self.calibrated:

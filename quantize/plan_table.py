@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from quantize.plan import GIB, Plan
+from quantize.plan import FP32_STAGES, GIB, Plan
 from runtime.machine import matmul_rate
 
 
@@ -55,9 +55,12 @@ def _time(plan: Plan) -> str:
     available = plan.device == "cpu" or torch.cuda.is_available()
     if not available:
         return "not estimated: no such device here"
-    rate = matmul_rate(torch.float32 if plan.matmul_bytes == 4 else torch.bfloat16, plan.device)
-    work = sum(plan.work().values()) * plan.architecture.num_hidden_layers
-    return f"about {_duration(1.3 * work / rate)} at the {rate / 1e12:.2g} TFLOP/s this machine multiplies at"
+    exact = matmul_rate(torch.float32, plan.device)
+    rate = exact if plan.matmul_bytes == 4 else matmul_rate(torch.bfloat16, plan.device)
+    seconds = sum(work / (exact if stage in FP32_STAGES else rate) for stage, work in plan.work().items())
+    rates = f"{rate / 1e12:.2g} TFLOP/s" + (f", {exact / 1e12:.2g} in float32," if rate != exact else "")
+    whole = 1.3 * seconds * plan.architecture.num_hidden_layers
+    return f"about {_duration(whole)} at the {rates} this machine multiplies at"
 
 
 def _duration(seconds: float) -> str:

@@ -26,5 +26,4 @@ def round_to_nearest(weight: torch.Tensor, settings: GPTQSettings) -> SolvedLine
     codes = steps.clamp_(0, (1 << settings.bits) - 1).to(torch.uint8)
     error = dequantize(codes, zeros, scales, g_idx) - weight
     loss, power = float(error.square().mean()), float(weight.square().mean())
-    relative = loss / power if power else 0.0
-    return SolvedLinear(codes, zeros, scales, g_idx, loss, relative, damp=0.0, dead_columns=0, notes=())
+    return SolvedLinear(codes, zeros, scales, g_idx, loss, power, damp=0.0, dead_columns=0, notes=())

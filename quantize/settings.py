@@ -21,7 +21,7 @@ class GPTQSettings:
     desc_act: form the groups along the activation order; `g_idx` is then a permutation's.
     importance_scales: search each scale for the least squared error, each weight's counted at what it costs
         at the output, instead of taking min-max.
-    refine_passes: how often all codes and scales are visited again after the solve.
+    refine_passes: how often all codes, and the scales of groups of up to 1,024 columns, are visited after the solve.
     damp_percent: this fraction of the Hessian's mean diagonal is added to the diagonal.
     """
 

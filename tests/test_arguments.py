@@ -125,6 +125,7 @@ def test_the_defaults_are_the_solver_s_own():
     arguments, settings = parse([]), GPTQSettings()
     assert arguments.group_size == settings.group_size
     assert arguments.damp_percent == settings.damp_percent
+    assert arguments.refine_passes == settings.refine_passes
     assert arguments.desc_act == settings.desc_act
     assert arguments.asymmetric != settings.sym
     switches = ("static_groups", "activation_order", "importance_scales")

@@ -253,9 +253,16 @@ def test_nothing_lost_has_no_ratio():
 def test_whoever_watches_is_told_of_every_linear_and_the_loss_before():
     told = []
     packed = quantize(make_streams(), watch=lambda name, loss: told.append((name, loss)))
-    names = [name for name, _ in told]
-    assert [name for name, before in zip(names, [None, *names], strict=False) if name != before] == list(BLOCK_LINEARS)
-    assert told[0][1] is None and told[-1][1] == packed.linears["mlp.up_proj"].relative_loss
+    last = None
+    for group in BLOCK_LINEAR_GROUPS:
+        refined = {name: packed.linears[name].relative_loss for name in group}
+        begun, first, *rest = [told.pop(0) for _ in range(1 + 2 * len(group))]
+        assert begun == first == (group[0], last)
+        assert [name for name, _ in rest] == [*group[1:], *group]
+        assert all(loss > refined[name] for name, (_, loss) in zip(group, rest, strict=False))  # solved, not refined
+        assert [loss for _, loss in rest[len(group) :]] == [refined[name] for name in group[:-1]]
+        last = refined[group[-1]]
+    assert not told
 
 
 def test_every_stage_takes_its_seconds():

@@ -185,6 +185,7 @@ def test_nan_weight_is_refused_by_name() -> None:
         {"bits": 3},
         {"group_size": 0},
         {"damp_percent": -0.1},
+        {"refine_passes": -1},
         {"static_groups": False},
         {"desc_act": True, "activation_order": False},
     ],

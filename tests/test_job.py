@@ -69,6 +69,7 @@ def test_a_second_start_is_refused_and_told_how_to_go_on(tmp_path):
         ("group_size", 64, "group_size was 128 and is now 64"),
         ("sym", False, "sym was True and is now False"),
         ("damp_percent", 0.05, "damp_percent was 0.01 and is now 0.05"),
+        ("refine_passes", 0, "refine_passes was 3 and is now 0"),
         ("scored_share", 0.0, "scored_share was 0.03125 and is now 0.0"),
         ("method", "nf4", "method was 'gptq' and is now 'nf4'"),
         ("token_budget", 4096, "token_budget was 2048 and is now 4096"),

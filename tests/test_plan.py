@@ -80,6 +80,7 @@ def test_its_work_is_two_forward_passes_and_hessians_and_solves():
     assert work["reference stream"] == work["quantized stream"] == forward
     widths = 3 * 8192**2 + 29568**2
     assert work["Hessians"] == 2 * widths * LOAD.calibration_tokens
+    assert work["refinement"] == 8 * work["solve"] and "refinement" not in plan_of(refine_passes=0).work()
     assert set(plan_of(quantization=Quantization(method="nf4", bits=4)).work()) == {
         "reference stream", "quantized stream",
     }  # fmt: skip

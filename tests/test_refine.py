@@ -93,6 +93,18 @@ def test_no_single_code_could_be_better() -> None:
             assert (loss(codes.clamp(0, 15).to(torch.uint8)) >= least * (1 - 1e-6)).all(), column
 
 
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_wide_groups_are_visited_in_parts_and_keep_their_scale(
+    group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of their part of the Hessian is all that a visit takes beside it."""
+    monkeypatch.setattr("quantize.refine.WIDEST", 24)
+    weight, hessian = layer(seed=7)
+    solved, after, _ = refined(weight, hessian, GPTQSettings(group_size=group_size))
+    assert_losses_are_true(weight, hessian, after)
+    assert after.loss < solved.loss and torch.equal(after.scales[:1], solved.scales[:1])
+
+
 def test_dead_inputs_stay_out_of_it() -> None:
     settings = GPTQSettings(group_size=16)
     weight, hessian = layer(seed=5, tokens=20)

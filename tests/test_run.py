@@ -336,6 +336,7 @@ def test_what_is_quantized_already_is_refused(finished, place, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--refine-passes", "-1"], "refine_passes is -1; 0 or more were expected"),
         (["--damp-percent", "5"], "damp_percent is 5.0; it is a fraction between 0 and 1"),
         (["--scored-share", "1.5"], "scored_share is 1.5; it is a fraction"),
         (["--group-size", "0"], "group_size is 0; give a positive size"),
