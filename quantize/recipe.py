@@ -88,10 +88,17 @@ class Recipe:
         Raises:
             JobError: naming each argument that differs, with both values.
         """
+        now = asdict(self)
+        if recorded.keys() != now.keys():
+            raise JobError(
+                f"{where} was started by a version of the kit with other arguments "
+                f"({', '.join(sorted(recorded.keys() ^ now.keys()))}); finish it with that version, or start afresh in "
+                "another --output."
+            )
         changes = [
-            _FINGERPRINTS.get(name, f"{name} was {recorded.get(name)!r} and is now {value!r}")
-            for name, value in asdict(self).items()
-            if recorded.get(name) != value
+            _FINGERPRINTS.get(name, f"{name} was {recorded[name]!r} and is now {value!r}")
+            for name, value in now.items()
+            if recorded[name] != value
         ]
         if changes:
             raise JobError(

@@ -87,6 +87,16 @@ def test_a_change_that_matters_is_refused_by_name(tmp_path, field, value, named)
     assert (tmp_path / "job" / "job.json").read_bytes() == before
 
 
+def test_a_job_of_another_version_is_told_apart_from_a_changed_one(tmp_path):
+    start(tmp_path)
+    file = tmp_path / "job" / "job.json"
+    state = json.loads(file.read_text())
+    del state["recipe"]["refine_passes"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(JobError, match=r"a version of the kit with other arguments \(refine_passes\); finish it with"):
+        Job.open(tmp_path, RECIPE, resume=True)
+
+
 def test_all_changes_are_named_at_once(tmp_path):
     start(tmp_path)
     with pytest.raises(JobError, match=r"bits was 4 and is now 8; .*desc_act was False and is now True"):
