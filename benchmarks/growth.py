@@ -121,9 +121,11 @@ def in_child(*words: str) -> Figure:
 
 def score(model: str, file: str) -> Figure:
     from runtime.score import main as score_file
+    from runtime.written import progress_path
 
     output = Path(file).with_suffix(".scores.jsonl")
-    output.unlink(missing_ok=True)
+    for left in (output, progress_path(output)):  # by a run that was stopped
+        left.unlink(missing_ok=True)
     with redirect_stdout(StringIO()) as line:
         assert score_file([file, "--model", model, "--output", str(output), "--json"]) == 0
     figures = json.loads(line.getvalue())
