@@ -186,6 +186,6 @@ def _add_report(group: argparse._ArgumentGroup) -> None:
 
 def _bytes(text: str) -> int:
     size = parse_size(text)
-    if not size or text.isdigit():  # 48 bytes are not what anybody meant
+    if not size or not text.endswith("B"):  # 48 bytes are not what anybody meant
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 48GiB or 500MB")
     return size

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.hessian import mirror
 from quantize.settings import GPTQSettings
 from runtime.errors import JobError
 
@@ -53,13 +54,8 @@ class Factor:
 
     def into_hessian(self) -> Tensor:
         """H + damp I, fp32 [K, K] in the order of `columns`. It takes the place of `upper`, so solving is over."""
-        for start in range(0, len(self.upper), 512):
-            stop = start + 512
-            square = self.upper[start:stop, start:stop]
-            below = square.tril(-1)
-            square.copy_(below + below.T)
-            self.upper[start:stop, stop:] = self.upper[stop:, start:stop].T
         self.upper.diagonal().copy_(self.diagonal)
+        mirror(self.upper.T)
         return self.upper
 
     def energy(self, columns: Tensor, block_size: int = 512) -> float:

@@ -62,7 +62,7 @@ class Hessian:
             assert self.weight > 0, "no token was added"
             self._sum /= self.weight
             self._divided = True
-        _mirror(self._sum)
+        mirror(self._sum)
         finite = self._sum.diagonal().isfinite()
         if not finite.all():
             feature = int((~finite).nonzero()[0])
@@ -120,7 +120,7 @@ def _add_upper_panels(total: Tensor, left: Tensor, right: Tensor) -> None:
                 panel.addmm_(rows, columns)
 
 
-def _mirror(matrix: Tensor) -> None:
+def mirror(matrix: Tensor) -> None:
     """Copy the upper triangle onto the lower one, in place."""
     step = _panel(len(matrix))
     for start in range(0, len(matrix), step):

@@ -22,7 +22,6 @@ from quantize.gptq import INNER_BLOCK, SolvedLinear
 from quantize.scales import TINY, storable
 from quantize.settings import GPTQSettings
 
-ROWS_AT_ONCE = 1024  # bounds the temporaries
 WIDEST = 1024  # columns visited at once; a group of more keeps its scale, which so many codes hardly ask to move
 
 
@@ -38,7 +37,8 @@ def refine(
     columns, group_of = factor.columns, solved.g_idx[factor.columns].long()
     size = len(columns) if settings.group_size == -1 else settings.group_size
     codes, scales, zeros = solved.codes[columns], solved.scales.float(), solved.zeros.float()
-    error = _error(target, codes, scales, zeros, group_of, factor)
+    error = solved.weight.neg_().add_(target).T[columns]
+    error[torch.isin(columns, factor.dead)] = 0  # their weights became 0, whatever they were
     residual = hessian @ error
     groups = group_of.argsort(stable=True).split(size)
     for _ in range(settings.refine_passes):
@@ -60,16 +60,6 @@ def refine(
         scales=scales.half(),
         loss=loss,
     )
-
-
-def _error(target: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor, factor: Factor) -> Tensor:
-    """What was asked for less what there is, fp32 [K, N], in the factor's order."""
-    error = target.T[factor.columns].float()
-    for start in range(0, len(error), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        error[rows] -= (codes[rows] - zeros[group_of[rows]]) * scales[group_of[rows]]
-    error[torch.isin(factor.columns, factor.dead)] = 0  # their weights became 0, whatever they were
-    return error
 
 
 class _Visit:

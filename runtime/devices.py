@@ -104,9 +104,10 @@ def parse_memory(memory: Memory | None) -> dict[str, int]:
     if isinstance(memory, str):
         parts = [part.strip().partition("=") for part in memory.split(",")]
         memory = {name: size for name, _, size in parts}
-    budgets = {_canonical(name): parse_size(str(size)) for name, size in memory.items()}
+    budgets = {}
     for name, size in memory.items():
-        if not budgets[_canonical(name)]:
+        budgets[_canonical(name)] = found = parse_size(str(size))
+        if not found:
             raise PlanError(f"memory is {str(size)!r}; sizes such as cuda:0=20GiB or cpu=500MB were expected.")
     return budgets
 

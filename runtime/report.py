@@ -28,19 +28,16 @@ def render_sections(report: ParityReport) -> str:
 
 
 def _render(template: str, report: ParityReport, *, unfolded: bool) -> str:
-    return (
-        templates(_TEMPLATES)
-        .get_template(template)
-        .render(
-            report=report,
-            unfolded=unfolded,
-            charts=charts,
-            summary=summary,
-            number=summary.number,
-            verdict=summary.verdict(report),
-            columns=summary.columns(report),
-            linears=linear_layers(report.block_errors),
-        )
+    page = templates(_TEMPLATES).get_template(template)
+    return page.render(
+        report=report,
+        unfolded=unfolded,
+        charts=charts,
+        summary=summary,
+        number=summary.number,
+        verdict=summary.verdict(report),
+        columns=summary.columns(report),
+        linears=linear_layers(report.block_errors),
     )
 
 

@@ -52,6 +52,7 @@ def test_a_contradiction_is_named_with_its_remedy(method: str, bits: int, own: i
         (["--dtype", "float16"], "--dtype"),
         (["--rows", "many"], "--rows"),
         (["--ram-budget", "48"], "'48' is not a size such as 48GiB or 500MB"),
+        (["--ram-budget", "1.5"], "'1.5' is not a size such as 48GiB or 500MB"),
         (["--ram-budget", "lotsGiB"], "--ram-budget"),
         (["--ram-budget", "1.2.3GiB"], "'1.2.3GiB' is not a size such as 48GiB or 500MB"),
         (["--ram-budget", "-5GiB"], "--ram-budget"),
