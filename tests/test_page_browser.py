@@ -114,7 +114,7 @@ def test_swap_clear_and_examples(visit):
     visit.page.get_by_role("option", name="Change of plan (multi-turn)").click()
     visit.page.get_by_label("Turn 3, user").wait_for()
     assert "vegetarian" in visit.page.get_by_label("Turn 3, user").input_value()
-    visit.page.wait_for_timeout(500)  # as a person would: gradio may still be drawing the example's other boxes
+    visit.page.wait_for_timeout(500)  # on a busy machine a click within that instant has no effect: a fault left open
     visit.page.get_by_role("button", name="Clear", exact=True).locator("visible=true").click()
     visit.page.get_by_label("Turn 3, user").wait_for(state="detached")
     assert visit.page.get_by_label("Response A").input_value() == ""
