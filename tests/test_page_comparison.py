@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 
+import gradio as gr
 import pytest
 
 from runtime.api.batcher import Busy
@@ -144,13 +145,14 @@ def test_a_blank_system_prompt_is_none():
 
 def test_links_give_back_what_they_hold_and_nothing_else():
     shared = {"system": "s", "turns": [{"role": "user", "content": "q"}], "a": "1", "b": "2"}
-    turns, *texts = open_link(json.dumps(shared))
+    turns, *texts, said = open_link(json.dumps(shared))
     assert [(turn["role"], turn["content"]) for turn in turns] == [("user", "q")] and texts == ["s", "1", "2"]
-    for text in ("", "unreadable", "[]", '{"turns": 3}', "[" * 5000, json.dumps(shared | {"a": 3})):
-        assert all(isinstance(update, dict) for update in open_link(text)), text  # gradio's word for no change
-    for role in ("system", "developer", 3):
-        turns = [{"role": role, "content": "q"}]
-        assert all(isinstance(update, dict) for update in open_link(json.dumps(shared | {"turns": turns})))
+    unchanged = gr.skip()
+    assert said == unchanged and open_link("") == [unchanged] * 5
+    wrong_roles = [{"turns": [{"role": role, "content": "q"}]} for role in ("system", "developer", 3)]
+    for broken in ("unreadable", "[]", '{"turns": 3}', "[" * 5000, {"a": 3}, *wrong_roles):
+        *inputs, said = open_link(broken if isinstance(broken, str) else json.dumps(shared | broken))
+        assert inputs == [unchanged] * 4 and "cannot be read" in said, broken
 
 
 def test_examples_are_whole_and_ours():

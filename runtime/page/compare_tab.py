@@ -30,7 +30,7 @@ class Inputs:
     system: gr.Textbox
     response_a: gr.Textbox
     response_b: gr.Textbox
-    turns: gr.State
+    turns: gr.JSON
 
     @property
     def all(self) -> list[Any]:
@@ -54,7 +54,7 @@ def compare_tab(service: Service, page: gr.Blocks) -> Awaiting:
                 interactive=True,
                 info="The model was trained with an empty one.",
             )
-        turns = gr.State(first_turns())
+        turns = gr.JSON(first_turns(), visible="hidden")  # no State, whose changes are told by the queue alone
         place = gr.Column(elem_classes="turns")
         add = gr.Button("Add a turn", size="sm", elem_classes="quiet add", scale=0)
         with gr.Row(elem_classes="responses", equal_height=True):
@@ -67,12 +67,12 @@ def compare_tab(service: Service, page: gr.Blocks) -> Awaiting:
         clear = gr.Button("Clear", size="sm", elem_classes="quiet", scale=0)
         link = gr.Button("Copy a link to this", size="sm", elem_classes="quiet", scale=0)
         html_block('<p class="hint">or press <kbd>Ctrl</kbd> <kbd>Enter</kbd></p>', elem_classes="hint-block")
-    html_block('<p role="status" id="compare-said"></p>', elem_classes="said")
+    said = html_block(show_said(), elem_classes="said")
     result = html_block(elem_id="compare-result", elem_classes="live")
     _listen(service, inputs, place, add, run, link, result)
     _edit(inputs, view, panes, example, swap, clear)
     opened = gr.Textbox("", visible=False)
-    page.load(open_link, opened, inputs.all, js="() => worldpm.opened()", **QUICK)
+    page.load(open_link, opened, [*inputs.all, said], js="() => worldpm.opened()", **QUICK)
     return Awaiting([run], lambda: [gr.update(interactive=True)])
 
 
@@ -170,18 +170,22 @@ def _references(rows: list[Row]) -> list[tuple[str, Scores]]:
     return list(found.items())
 
 
+def show_said(text: str = "") -> str:
+    """HTML of one of our sentences on what was done; the script writes to it too."""
+    return f'<p role="status" id="compare-said">{text}</p>'
+
+
 def open_link(text: str) -> list[Any]:
-    """The inputs that a link holds: turns, system prompt, A and B. What is no such link changes nothing."""
+    """The inputs that a link holds: turns, system prompt, A and B; and what is said, if it is no such link."""
     try:
         shared = json.loads(text) if text else None
         if shared is None:
-            return [gr.skip()] * 4
+            return [gr.skip()] * 5
         messages = [{"role": turn["role"], "content": turn["content"]} for turn in shared["turns"]]
         texts = [shared["system"], shared["a"], shared["b"], *(each["content"] for each in messages)]
         roles = {each["role"] for each in messages}
         if not all(isinstance(each, str) for each in texts) or roles - {"user", "assistant"}:
             raise ConversationError("a turn is neither the user's nor the assistant's text")
     except (ValueError, KeyError, TypeError, RecursionError, KitError):
-        gr.Warning("The link's inputs cannot be read; ask for it again.")
-        return [gr.skip()] * 4
-    return [turns_of(messages), shared["system"], shared["a"], shared["b"]]
+        return [*[gr.skip()] * 4, show_said("The link’s inputs cannot be read; ask for it again.")]
+    return [turns_of(messages), shared["system"], shared["a"], shared["b"], gr.skip()]

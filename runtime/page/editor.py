@@ -53,14 +53,14 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
     return [make_turn(each["role"], each["content"]) for each in messages if each["role"] != "system"] or first_turns()
 
 
-def make_editor(turns: gr.State, listen: Callable[[list[Turn], list[gr.Textbox]], None]) -> None:
-    """Text boxes for the turns of a state.
+def make_editor(turns: gr.JSON, listen: Callable[[list[Turn], list[gr.Textbox]], None]) -> None:
+    """Text boxes for the turns that a component holds.
 
     `listen` is called with the turns and their boxes whenever these are made anew, to attach the events that need
     their texts.
     """
 
-    @gr.render(inputs=[turns], concurrency_limit=None, show_progress="hidden")
+    @gr.render(inputs=[turns], queue=False, show_progress="hidden")
     def boxes(current: list[Turn]) -> None:
         shown = []
         removals = []

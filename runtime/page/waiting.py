@@ -10,9 +10,10 @@ import gradio as gr
 
 from runtime.api.service import Service
 
-# Nothing of one visitor waits for another's: events that only arrange the page are not queued, and those that score
-# wait in the batcher's queue, which takes turns, rather than in gradio's, which would not.
-QUICK: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+# Nothing of one visitor waits for another's: events that score wait in the batcher's queue, which takes turns, rather
+# than in gradio's, which would not. Nor are answers to come by gradio's stream of events: it is closed after each
+# answer, and what is asked in that instant (a click, or the next of a chain) is answered into no stream, so is lost.
+QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
