@@ -26,11 +26,12 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from quantize.plan import GIB, Load, Plan  # noqa: E402
+from quantize.plan import Load, Plan  # noqa: E402
 from quantize.settings import GPTQSettings  # noqa: E402
 from runtime.architecture import Architecture, block_prefix  # noqa: E402
 from runtime.checkpoint import open_checkpoint  # noqa: E402
 from runtime.quantization import Quantization  # noqa: E402
+from runtime.sizes import GIB, parse_size  # noqa: E402
 
 # Sustained rates assumed of an H100 (dense, not the data sheet's peak), in operations a second. Stages are
 # as `Plan.work` names them.
@@ -157,14 +158,13 @@ def measure(output: Path, result: dict, log: str) -> dict:
     """Figures of the run: memory, seconds by stage of the slower block, the projection."""
     blocks = [json.loads(line) for line in (output / "job" / "blocks.jsonl").read_text().splitlines()]
     slowest = max(blocks, key=lambda block: block["seconds"]["all"])
-    planned = re.search(r"peak memory\W+([\d.]+) (GiB|MiB)", log)
+    planned = re.search(r"peak memory\W+([\d.]+ [KMG]iB)", log)
     assert planned is not None, log
-    unit = GIB if planned[2] == "GiB" else 1 << 20
     losses = {name: round(figures["relative_loss"], 6) for name, figures in slowest["linears"].items()}
     return {
         "seconds": result["seconds"],
         "peak_gib": round(result["peak_memory"] / GIB, 2),
-        "plan_peak_gib": round(float(planned[1]) * unit / GIB, 2),
+        "plan_peak_gib": round(parse_size(planned[1]) / GIB, 2),
         "block_seconds": {name: round(value, 1) for name, value in slowest["seconds"].items()},
         "relative_losses": losses,
         "projection": project(),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from quantize.recipe import METHODS
 from runtime.command import make_parser
-from runtime.devices import parse_size
 from runtime.errors import PlanError
+from runtime.sizes import parse_size
 
 DESCRIPTION = """\
 Quantize a WorldPM reward model and measure what it cost.

@@ -25,6 +25,7 @@ from runtime.errors import PlanError
 from runtime.files import open_locked, sync_directory, write_whole
 from runtime.quantization import Quantization
 from runtime.report import HTML_FILE, JSON_FILE, JUNIT_FILE
+from runtime.sizes import show_size
 from runtime.sweep import read_blocks
 
 DESCRIPTION = """\
@@ -54,7 +55,6 @@ every score stands, and so does every figure above.
 
 EVIDENCE = (JSON_FILE, HTML_FILE, JUNIT_FILE, parity_pairs.FILE_NAME, reference.FILE_NAME)
 MANIFEST_FILE = "export.json"
-GIB = 1 << 30
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,7 +169,7 @@ def check_place(output: Path, nbytes: int) -> None:
         place = place.parent
     if nbytes > (free := shutil.disk_usage(place).free):
         raise PlanError(
-            f"{place} has {free / GIB:.1f} GiB free, but {nbytes / GIB:.1f} GiB will be written; free some, or choose "
+            f"{place} has {show_size(free)} free, but {show_size(nbytes)} will be written; free some, or choose "
             "an --output on another disk."
         )
 

@@ -13,8 +13,8 @@ import torch
 from runtime.architecture import BLOCK_LINEARS, Architecture
 from runtime.errors import PlanError
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
+from runtime.sizes import show_size
 
-GIB = 1 << 30
 FP32_STAGES = ("factorisation", "solve", "refinement")  # of `Plan.work`, whatever the dtype
 _INNER = [group for group in BLOCK_LINEAR_GROUPS if len(group) > 1]
 _OUTER = [group for group in BLOCK_LINEAR_GROUPS if len(group) == 1]  # these write to the residual stream
@@ -225,7 +225,7 @@ def check_disk(plan: Plan, output: Path) -> None:
     wanted, free = plan.disk_written + plan.stream_bytes - written, shutil.disk_usage(place).free
     if wanted > free:
         raise PlanError(
-            f"{place} has {free / GIB:.1f} GiB free, but {wanted / GIB:.1f} GiB will be written; free some, choose "
+            f"{place} has {show_size(free)} free, but {show_size(wanted)} will be written; free some, choose "
             "an --output on another disk, or take fewer --rows and --parity-pairs."
         )
 
@@ -249,17 +249,17 @@ def fit_memory(plan: Plan, budget: int | None) -> Plan:
         remedy = (
             f"take fewer --rows and --parity-pairs (about {tokens:,} tokens would fit)"
             if tokens > 0
-            else f"one block alone needs {without / GIB:.1f} GiB: use a machine with more memory"
+            else f"one block alone needs {show_size(without)}: use a machine with more memory"
         )
         raise PlanError(
-            f"the peak would be {needed / GIB:.1f} GiB of memory, with {limit / GIB:.1f} GiB "
+            f"the peak would be {show_size(needed)} of memory, with {show_size(limit)} "
             f"{'allowed by --ram-budget' if budget else 'available'}; {remedy}."
         )
     if plan.device != "cpu":
         free = torch.cuda.mem_get_info(plan.device)[0]
         if candidate.gpu_peak > free:
             raise PlanError(
-                f"{plan.device} has {free / GIB:.1f} GiB free and one block needs {candidate.gpu_peak / GIB:.1f} GiB; "
+                f"{plan.device} has {show_size(free)} free and one block needs {show_size(candidate.gpu_peak)}; "
                 "use --device cpu, or a GPU with more memory."
             )
     return candidate

@@ -8,8 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from quantize.plan import FP32_STAGES, GIB, Plan
+from quantize.plan import FP32_STAGES, Plan
 from runtime.machine import matmul_rate
+from runtime.sizes import show_size
 
 
 def print_plan(plan: Plan, model: str, output: Path, console: Console) -> None:
@@ -37,17 +38,17 @@ def plan_rows(plan: Plan, model: str, output: Path) -> list[tuple[str, str]]:
         ("tokens", f"{about}{load.calibration_tokens:,} to calibrate on, {about}{load.parity_tokens:,} to compare on"),
         (
             "disk",
-            f"reads {_size(plan.disk_read)} once, writes {_size(plan.disk_written)} and, until the end, "
-            f"{_size(plan.stream_bytes)} of activations",
+            f"reads {show_size(plan.disk_read)} once, writes {show_size(plan.disk_written)} and, until the end, "
+            f"{show_size(plan.stream_bytes)} of activations",
         ),
         ("activations", f"memory-mapped files in {output / 'job' / 'streams'}"),
         (
             "peak memory",
-            f"{_size(plan.host_peak)}, with the next block {'read ahead' if plan.prefetch else 'not read ahead'}",
+            f"{show_size(plan.host_peak)}, with the next block {'read ahead' if plan.prefetch else 'not read ahead'}",
         ),
     ]
     if plan.gpu_peak:
-        rows.append(("peak on the GPU", f"{_size(plan.gpu_peak)} on {plan.device}"))
+        rows.append(("peak on the GPU", f"{show_size(plan.gpu_peak)} on {plan.device}"))
     return [*rows, ("time", _time(plan)), ("output", str(output))]
 
 
@@ -67,7 +68,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _size(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / (1 << 20):.0f} MiB"

@@ -9,6 +9,7 @@ from rich.progress import MofNCompleteColumn, TextColumn
 
 from runtime.memory import peak_memory
 from runtime.progress_line import progress_line
+from runtime.sizes import show_size
 
 
 class BlockProgress:
@@ -32,7 +33,7 @@ class BlockProgress:
     def watch(self, linear: str, loss: float | None) -> None:
         """A linear is begun; `loss` is the relative loss of the one before it."""
         shown = "" if loss is None else f"loss {loss:.1e}"
-        self._bar.update(self._task, linear=linear, loss=shown, memory=f"{peak_memory() / 2**30:.1f} GiB")
+        self._bar.update(self._task, linear=linear, loss=shown, memory=show_size(peak_memory()))
 
     def block_done(self) -> None:
         """A block is on disk."""

@@ -11,6 +11,8 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+from runtime.sizes import show_size
+
 if __package__ in (None, ""):  # run as a file: Python put quantize/ first on the path, the tree belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -133,7 +135,7 @@ def announce(output: Path, seconds: float, arguments: Namespace, console: Consol
         print_table(summary_table(report), console, verdict(report).headline)
         console.print(f"report      {output / 'parity.html'}")
     console.print(f"checkpoint  {output}")
-    console.print(f"took {seconds:.0f} s, peak memory {peak_memory() / 2**30:.2f} GiB")
+    console.print(f"took {seconds:.0f} s, peak memory {show_size(peak_memory())}")
     if arguments.json:
         figures = {"output": str(output), "seconds": round(seconds, 1), "peak_memory": peak_memory()}
         print(json.dumps(figures | ({"parity": report.figures.model_dump()} if report else {})))

@@ -13,7 +13,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from runtime.errors import MENDABLE, KitError
+from runtime.errors import MENDABLE, KitError, in_words
 from runtime.memory import keep_freed_memory
 
 STOPPED = 130
@@ -49,7 +49,7 @@ def run_command(
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        console.print(f"error: {error}")
+        console.print(f"error: {in_words(error)}")
     return 2
 
 

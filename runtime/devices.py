@@ -10,10 +10,10 @@ import psutil
 import torch
 
 from runtime.errors import PlanError
+from runtime.sizes import parse_size
 
 HOST = "cpu"
 FREE_SHARE = 0.9  # of what is free now; others take and give memory too, and allocators round up
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 Names = str | Sequence[str]
 Memory = str | Mapping[str, str | int]
@@ -114,12 +114,6 @@ def parse_memory(memory: Memory | None) -> dict[str, int]:
 
 def _canonical(name: str) -> str:
     return "cuda:0" if name == "cuda" else name
-
-
-def parse_size(text: str) -> int:
-    """Bytes in `20GiB`, `500MB` or `1073741824`; 0 where it is no such size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", text.strip())
-    return int(float(match[1]) * _UNITS[match[2]]) if match else 0
 
 
 def _check_names(names: Sequence[str]) -> None:

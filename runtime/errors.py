@@ -10,6 +10,13 @@ MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, er
 """Numbers of the OSErrors that a user can mend."""
 
 
+_REMEDIES = {
+    errno.ENOSPC: "free some, or choose another place",
+    errno.EDQUOT: "free some, or choose another place",
+    errno.EIO: "see whether the disk is sound, or choose another place",
+}
+
+
 class KitError(Exception):
     """Base of every fault that a user can mend."""
 
@@ -43,3 +50,10 @@ class NonFiniteError(KitError):
 def printable(text: str) -> str:
     """A message as any output can hold it: names of files and fields may have bytes that are no UTF-8."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def in_words(error: OSError) -> str:
+    """The file, what the system says of it, and the remedy, of one of the MENDABLE."""
+    place = f"{error.filename}: " if error.filename else ""
+    remedy = _REMEDIES.get(error.errno or 0, "change who may read and write there, or choose another place")
+    return f"{place}{(error.strerror or str(error)).lower()}; {remedy}."

@@ -6,8 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.placement import Plan, Share
-
-GIB = 1 << 30
+from runtime.sizes import show_size
 
 
 def print_placement(plan: Plan, console: Console) -> None:
@@ -48,9 +47,4 @@ def _share(share: Share) -> str:
     blocks = f"blocks {share.blocks[0]} to {share.blocks[-1]}"
     if streamed:
         blocks = f"{len(share.resident)} blocks stay, {streamed} are streamed"
-    return f"{blocks}; {size(share.nbytes)} of {size(share.device.budget)}"
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / (1 << 20):.1f} MiB"
+    return f"{blocks}; {show_size(share.nbytes)} of {show_size(share.device.budget)}"

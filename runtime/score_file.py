@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from runtime.errors import MENDABLE, JobError, KitError
+from runtime.errors import MENDABLE, JobError, KitError, in_words
 from runtime.files import open_locked, sync_directory
 from runtime.score_formats import CSV_HEADER, ENCODERS, write_parquet
 from runtime.scored_row import Record
@@ -71,7 +71,7 @@ class ScoreFile:
         if isinstance(error, OSError) and mendable and error.filename is None:
             error.filename = str(self._rows_path)  # a full disk is not named by who finds it full
         if self.written.rows > self._rows_before and (mendable or isinstance(error, KitError)):
-            fault = str(error).rstrip(".")
+            fault = (in_words(error) if isinstance(error, OSError) else str(error)).rstrip(".")
             raise JobError(
                 f"{fault}. The {self.written.rows:,} rows in {self._rows_path} are kept; the same command with "
                 "--resume goes on after them."

@@ -6,8 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 from runtime.architecture import Architecture
-
-GIB = 1 << 30
+from runtime.sizes import show_size
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Timing:
     def table(self, architecture: Architecture, peak_of: str) -> list[tuple[str, str]]:
         """Rows of (name, value), the first being the header; `peak_of` says what dtype was multiplied where."""
         rate, span = self.rate(architecture), f"{min(self.rounds):.2f} to {max(self.rounds):.2f} s"
-        gpus = "".join(f"; {size / GIB:.2f} GiB on {device}" for device, size in self.gpu_memory.items())
+        gpus = "".join(f"; {show_size(size)} on {device}" for device, size in self.gpu_memory.items())
         return [
             ("figure", "value"),
             ("conversations", f"{self.conversations:,}, {self.conversations / self.seconds:,.2f}/s"),
@@ -81,5 +80,5 @@ class Timing:
             ),
             ("load", f"{self.load:.2f} s"),
             ("first score", f"{self.first_score:.2f} s"),
-            ("peak memory", f"{self.memory / GIB:.2f} GiB{gpus}"),
+            ("peak memory", f"{show_size(self.memory)}{gpus}"),
         ]

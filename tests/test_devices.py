@@ -6,8 +6,7 @@ import pytest
 
 from runtime.devices import Device, find_devices, parse_memory
 from runtime.errors import PlanError
-
-GIB = 1 << 30
+from runtime.sizes import GIB
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from runtime.placement import Plan, deal, make_plan, spread
 from runtime.placement_table import placement_rows
 from runtime.quantization import Quantization
 from runtime.shard import StoredTensor
+from runtime.sizes import GIB
 from tests.placed import TOKENS, placements, room
 from tests.tiny import write_tiny_checkpoint
 
-GIB = 1 << 30
 NAMES = ["kept", "as stored", "a device", "halves", "1 and 5", "thirds", "streamed", "some stay", "one buffer"]
 NAMES += ["from host", "from disk", "dealt"]
 

@@ -14,12 +14,13 @@ import torch
 
 from quantize.arguments import parse
 from quantize.inputs import plan_without_weights, read_inputs
-from quantize.plan import GIB, Load, Plan, check_disk, fit_memory
+from quantize.plan import Load, Plan, check_disk, fit_memory
 from quantize.plan_table import plan_rows
 from runtime.architecture import Architecture
 from runtime.checkpoint import open_checkpoint
 from runtime.errors import PlanError
 from runtime.quantization import Quantization
+from runtime.sizes import GIB
 from tests.tiny import tiny_config
 from tests.tiny_job import arguments, quantize, write_job_model, write_pairs
 

@@ -312,7 +312,9 @@ def test_a_disk_that_fails_before_the_job_is_an_error_without_a_traceback(place,
     full = OSError(errno.ENOSPC, "No space left on device", "job.json")
     monkeypatch.setattr(Job, "_save", lambda self: (_ for _ in ()).throw(full))
     assert quantize(place / "model", place / "pairs.jsonl", tmp_path / "out") == 2
-    assert capfd.readouterr().err.endswith("error: [Errno 28] No space left on device: 'job.json'\n")
+    assert capfd.readouterr().err.endswith(
+        "error: job.json: no space left on device; free some, or choose another place.\n"
+    )
 
 
 def test_our_own_bugs_are_not_hidden(place, tmp_path, monkeypatch):

@@ -199,7 +199,12 @@ def full_disk(patch: pytest.MonkeyPatch, file: ScoreFile) -> None:
 
 def test_a_full_disk_keeps_what_counts_and_says_how_to_go_on(path, whole, monkeypatch):
     file = begin(path)
-    with pytest.raises(JobError, match=r"No space left on device: .*out.* The 3 rows in .* are kept; .*--resume"), file:
+    with (
+        pytest.raises(
+            JobError, match=r"out.*: no space left on device; free some.* The 3 rows in .* are kept; .*--resume"
+        ),
+        file,
+    ):
         file.write(WINDOWS[0], 1, "digest")
         full_disk(monkeypatch, file)
         file.write(WINDOWS[1], 1, "digest")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from runtime.architecture import Architecture
-from runtime.speed import GIB, Timing
+from runtime.sizes import GIB
+from runtime.speed import Timing
 
 ARCHITECTURE = Architecture(64, 128, 3, 4, 2, 16, 320, 1024, 1e-6, 1e4, torch.bfloat16)
 TIMING = Timing(4, 1000, 800, [4.0, 1.0, 2.0], 1e9, 5.0, 5.5, 3 * GIB, {"cuda:0": 2 * GIB})
@@ -39,4 +40,4 @@ def test_the_table_says_the_same():
     assert table["tokens"] == "800 computed, 400 tokens/s" and table["as rendered"] == "1,000, 500 tokens/s"
     assert table["share of peak"].endswith("% of 0.001 TFLOP/s, bfloat16 on cuda:0")
     assert table["a round"] == "2.00 s, the median of 3 from 1.00 to 4.00 s"
-    assert table["peak memory"] == "3.00 GiB; 2.00 GiB on cuda:0"
+    assert table["peak memory"] == "3.0 GiB; 2.0 GiB on cuda:0"

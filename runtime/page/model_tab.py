@@ -11,7 +11,8 @@ from runtime.api.service import ServedModel, Service
 from runtime.memory import peak_memory
 from runtime.page.markup import fill, html_block
 from runtime.page.waiting import QUICK, Awaiting
-from runtime.placement_table import placement_rows, size
+from runtime.placement_table import placement_rows
+from runtime.sizes import show_size
 from runtime.version import kit_version
 
 
@@ -29,8 +30,8 @@ def show_models(service: Service) -> str:
     return fill(
         "models",
         models=[describe_model(model) for model in service.models.values()],
-        memory=size(psutil.Process().memory_info().rss),
-        peak=size(peak_memory()),
+        memory=show_size(psutil.Process().memory_info().rss),
+        peak=show_size(peak_memory()),
         version=kit_version(),
     )
 
