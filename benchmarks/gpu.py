@@ -65,6 +65,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, nargs="+", help="how many one block scores at once")
     arguments = parser.parse_args()
     device = arguments.device or ("cpu" if arguments.toy else "cuda:0")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"{device}: torch can use no CUDA device here; try --toy, or --device cpu")
     bench = Bench(device, divide=32 if arguments.toy else 1, work=arguments.work, sizes=arguments.tokens)
     return max([attempt(getattr(bench, figure)) for figure in FIGURES if figure in arguments.only])
 
