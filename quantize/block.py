@@ -26,6 +26,7 @@ from quantize.rounding import round_to_nearest
 from quantize.streams import Streams
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS
 from runtime.linear import Tensors, make_linear
+from runtime.memory import give_back_freed_memory
 from runtime.packing import pack_gptq
 from runtime.quantization import BLOCK_LINEAR_GROUPS
 from runtime.qwen2 import Block
@@ -179,6 +180,7 @@ class _Packer:
             start = time.perf_counter()
             self.seconds["hessian"] += start - middle
         Workspace.of(torch.device(stream.device)).clear()  # room for the factor
+        give_back_freed_memory()
         matrix = hessian.matrix()
         hessian.finish()
         factor = factorise(matrix, self.recipe.settings(), label)

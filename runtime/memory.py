@@ -36,3 +36,10 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 32 << 20)
         mallopt(_TRIM_THRESHOLD, 256 << 20)
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what `keep_freed_memory` kept, up to 256 MiB, before something of the size of the memory."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
