@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from quantize.padding import pad_block, padded_size
+from quantize.plan import check_room
 from quantize.writer import Writer
 from runtime import parity_pairs, reference
 from runtime.architecture import BLOCK_LINEARS, Architecture, block_prefix
@@ -25,7 +26,6 @@ from runtime.errors import PlanError
 from runtime.files import open_locked, sync_directory, write_whole
 from runtime.quantization import Quantization
 from runtime.report import HTML_FILE, JSON_FILE, JUNIT_FILE
-from runtime.sizes import show_size
 from runtime.sweep import read_blocks
 
 DESCRIPTION = """\
@@ -164,14 +164,7 @@ def check_place(output: Path, nbytes: int) -> None:
     """Raise PlanError unless `output` can be made and its disk has room."""
     if output.exists():
         raise PlanError(f"{output} exists; remove it, or choose another --output.")
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    if nbytes > (free := shutil.disk_usage(place).free):
-        raise PlanError(
-            f"{place} has {show_size(free)} free, but {show_size(nbytes)} will be written; free some, or choose "
-            "an --output on another disk."
-        )
+    check_room(output.absolute(), nbytes, "free some, or choose an --output on another disk")
 
 
 def write_shards(writer: Writer, checkpoint: Checkpoint, console: Console) -> dict[str, str]:

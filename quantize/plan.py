@@ -218,16 +218,18 @@ class Plan:
 
 def check_disk(plan: Plan, output: Path) -> None:
     """Raise PlanError when the disk under `output` has no room for what is not written yet."""
+    written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    wanted = plan.disk_written + plan.stream_bytes - written
+    check_room(output, wanted, "free some, choose an --output on another disk, or take fewer --rows and --parity-pairs")
+
+
+def check_room(output: Path, nbytes: int, remedy: str) -> None:
+    """Raise PlanError, which ends with `remedy`, when the disk that `output` is or will be on has no such room."""
     place = output
     while not place.exists():
         place = place.parent
-    written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    wanted, free = plan.disk_written + plan.stream_bytes - written, shutil.disk_usage(place).free
-    if wanted > free:
-        raise PlanError(
-            f"{place} has {show_size(free)} free, but {show_size(wanted)} will be written; free some, choose "
-            "an --output on another disk, or take fewer --rows and --parity-pairs."
-        )
+    if nbytes > (free := shutil.disk_usage(place).free):
+        raise PlanError(f"{place} has {show_size(free)} free, but {show_size(nbytes)} will be written; {remedy}.")
 
 
 def fit_memory(plan: Plan, budget: int | None) -> Plan:

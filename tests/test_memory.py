@@ -44,6 +44,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc takes advice")
+def test_what_was_kept_is_given_back_when_asked():
+    asked = "give_back_freed_memory()\nprint(resident())"
+    resident = "resident = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()"
+    program = f"{PROGRAM}\nfrom runtime.memory import give_back_freed_memory\n{resident}\nprint(resident())\n{asked}"
+    printed = subprocess.check_output([sys.executable, "-c", program, "keep"], cwd=ROOT).split()
+    kept, left = map(int, printed[-2:])
+    assert kept - left > 100 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc takes advice")
 def test_freed_memory_is_kept_for_the_next_activations():
     usual, kept = (
         int(subprocess.check_output([sys.executable, "-c", PROGRAM, *wanted], cwd=ROOT)) for wanted in ([], ["keep"])
