@@ -163,7 +163,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="inputs of matrix products; the residual stream is float32 always "
-        "(default: bfloat16 on cuda and on a cpu that multiplies it natively, else float32)",
+        "(default: bfloat16 on cuda and on a cpu that is faster in it, else float32)",
     )
     group.add_argument(
         "--token-budget", type=int, default=2048, metavar="N", help="tokens a batch (default %(default)s)"

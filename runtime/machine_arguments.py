@@ -34,8 +34,7 @@ def add_machine(group: argparse._ArgumentGroup, budget_remark: str = "") -> None
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="inputs of matrix products (default: bfloat16 on cuda and on a cpu that multiplies it natively, else "
-        "float32)",
+        help="inputs of matrix products (default: bfloat16 on cuda and on a cpu that is faster in it, else float32)",
     )
     group.add_argument(
         "--token-budget",

@@ -68,15 +68,14 @@ def test_max_tokens_leaves_longer_conversations_out(place):
     ("instructions", "given", "dtype"),
     [
         ({}, "auto", "float32"),
-        ({"avx512_bf16": True}, "auto", "bfloat16"),
+        ({"avx512_bf16": True, "sse4a": True}, "auto", "bfloat16"),
+        ({"avx512_bf16": True, "sse4a": False}, "auto", "float32"),
         ({"amx_bf16": True}, "auto", "bfloat16"),
         ({}, "bfloat16", "bfloat16"),
         ({"amx_bf16": True}, "float32", "float32"),
     ],
 )
-def test_products_on_a_cpu_are_bfloat16_where_it_has_instructions_for_it(
-    place, monkeypatch, instructions, given, dtype
-):
+def test_products_on_a_cpu_are_bfloat16_where_that_is_faster(place, monkeypatch, instructions, given, dtype):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: instructions)
     inputs = read(place, "--dtype", given)
     assert inputs.recipe.dtype == dtype and inputs.recipe.device == "cpu"
