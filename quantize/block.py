@@ -169,16 +169,8 @@ class _Packer:
         hessian = Hessian(in_features, stream.device, label)
         linears = [self.block.linears[name] for name in group]
         correction = Correction(linears, in_features, stream.device) if self.recipe.correction else None
+        self._accumulate(hessian, correction, there, wanted, stream)
         start = time.perf_counter()
-        for (batch, x), (_, reference) in zip(there, wanted, strict=True):
-            middle = time.perf_counter()
-            weights = token_weights(stream, batch, self.recipe.scored_share)
-            hessian.add(x, weights)
-            if correction:
-                correction.add(x, reference, weights)
-            self.seconds["inputs"] += middle - start
-            start = time.perf_counter()
-            self.seconds["hessian"] += start - middle
         Workspace.of(torch.device(stream.device)).clear()  # room for the factor
         give_back_freed_memory()
         matrix = hessian.matrix()
@@ -194,6 +186,21 @@ class _Packer:
                 else:
                     targets.append(linear.weight(torch.float32))
         self._pack(group, self._solve(group, targets, factor))
+
+    def _accumulate(
+        self, hessian: Hessian, correction: Correction | None, there: Inputs, wanted: Inputs, stream: Stream
+    ) -> None:
+        """Add all batches. No batch outlives this: the last one's inputs would stand beside the factor."""
+        start = time.perf_counter()
+        for (batch, x), (_, reference) in zip(there, wanted, strict=True):
+            middle = time.perf_counter()
+            weights = token_weights(stream, batch, self.recipe.scored_share)
+            hessian.add(x, weights)
+            if correction:
+                correction.add(x, reference, weights)
+            self.seconds["inputs"] += middle - start
+            start = time.perf_counter()
+            self.seconds["hessian"] += start - middle
 
     def _solve(self, group: Sequence[str], targets: Sequence[torch.Tensor], factor: Factor) -> list[SolvedLinear]:
         """Codes and scales of each linear, refined once the factor is no longer needed."""

@@ -119,7 +119,9 @@ def _order(diagonal: Tensor) -> Tensor:
     return diagonal.argsort(descending=True, stable=True)
 
 
-def _gather(hessian: Tensor, columns: Tensor, into: Tensor, block_size: int = 512) -> None:
+def _gather(hessian: Tensor, columns: Tensor, into: Tensor) -> None:
+    """Few rows at a time on a CPU: two copies of them stand beside both matrices, and they should stay in cache."""
+    block_size = 512 if hessian.is_cuda else 32
     for start in range(0, len(columns), block_size):
         into[start : start + block_size] = hessian[columns[start : start + block_size]][:, columns]
 
