@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -173,6 +174,24 @@ def test_linears_of_one_input_share_one_factor(monkeypatch):
     for group in BLOCK_LINEAR_GROUPS:
         expected += ["factor", *(ARCHITECTURE.linear_shape(name) for name in group)]
     assert calls == expected
+
+
+def test_no_inputs_stay_beside_the_factor(monkeypatch):
+    seen = []
+
+    class Watched(block_module.Correction):
+        def add(self, x, reference, weights):
+            super().add(x, reference, weights)
+            seen.extend((weakref.ref(x), weakref.ref(reference)))
+
+    def factorise(*arguments):
+        assert seen and all(each() is None for each in seen)
+        return real(*arguments)
+
+    real = block_module.factorise
+    monkeypatch.setattr(block_module, "Correction", Watched)
+    monkeypatch.setattr(block_module, "factorise", factorise)
+    quantize(make_streams())
 
 
 def test_parity_rows_teach_nothing():
