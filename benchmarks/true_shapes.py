@@ -6,7 +6,7 @@ prints a table and one JSON line: peak memory against the plan's formula, second
 would take on an H100, with the assumptions written out.
 
     python benchmarks/true_shapes.py --work /tmp/true-shapes                 about 20 GB of disk, 14 GB of memory
-    python benchmarks/true_shapes.py --work /tmp/toy --divide 32             the same with shapes a 32nd as wide
+    python benchmarks/true_shapes.py --work /tmp/toy --divide 16             the same with shapes a 16th as wide
 """
 
 from __future__ import annotations

@@ -96,20 +96,21 @@ def quantize_block(
             packer.round(name)
         quantized.advance(block, index)
         return packer.result()
-    there, wanted = _stops(block, quantized, calibration), _stops(original, reference, calibration)
+    there, wanted = _stops(block, quantized, calibration), _stops(original, reference, calibration, leaving=index)
     for group in BLOCK_LINEAR_GROUPS:
         packer.calibrate(group, next(there), next(wanted), quantized)
-    _leave(original, reference, calibration, index)
-    _leave(block, quantized, calibration, index)
+    for batch in calibration:  # a second time through gate and up, as the packed down projection is there only now
+        activation = block.mlp_activation(block.mlp_input(quantized.read(batch, following=True)))
+        _leave(block, quantized, batch, activation, index)
     quantized.advance(block, index, streams.parity_batches)
     return packer.result()
 
 
-def _stops(block: Block, stream: Stream, batches: Sequence[int]) -> Iterator[Inputs]:
+def _stops(block: Block, stream: Stream, batches: Sequence[int], *, leaving: int | None = None) -> Iterator[Inputs]:
     """Inputs of the four linear groups, batch by batch. A group must be replaced before the next is asked for.
 
     `stream.following` holds the attention's context, then the residual after attention, so neither is
-    computed twice.
+    computed twice. A block of which nothing is replaced has a number, `leaving`, and its output there in the end.
     """
 
     def attention_inputs() -> Inputs:
@@ -131,18 +132,19 @@ def _stops(block: Block, stream: Stream, batches: Sequence[int]) -> Iterator[Inp
 
     def activations() -> Inputs:
         for batch in batches:
-            yield batch, block.mlp_activation(block.mlp_input(stream.read(batch, following=True)))
+            activation = block.mlp_activation(block.mlp_input(stream.read(batch, following=True)))
+            yield batch, activation
+            if leaving is not None:
+                _leave(block, stream, batch, activation, leaving)
 
     yield from (attention_inputs(), contexts(), mlp_inputs(), activations())
 
 
-def _leave(block: Block, stream: Stream, batches: Sequence[int], index: int) -> None:
-    """From the last stop to the block's output."""
-    for batch in batches:
-        hidden = stream.read(batch, following=True)
-        hidden = block.after_mlp(hidden, block.mlp_activation(block.mlp_input(hidden)))
-        check_finite(hidden, stream.batches[batch], index, stream.name)
-        stream.write(batch, hidden)
+def _leave(block: Block, stream: Stream, batch: int, activation: torch.Tensor, index: int) -> None:
+    """From the last stop, and its `activation` [T, intermediate], to the block's output."""
+    hidden = block.after_mlp(stream.read(batch, following=True), activation)
+    check_finite(hidden, stream.batches[batch], index, stream.name)
+    stream.write(batch, hidden)
 
 
 class _Packer:

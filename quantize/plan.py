@@ -189,7 +189,7 @@ class Plan:
         if not self.calibrated:
             return stages
         gate_and_up = 2.0 * sum(self._size(name) for name in BLOCK_LINEARS[4:6])
-        stages["calibration stops"] = 2 * gate_and_up * self.load.calibration_tokens  # a second time, in both streams
+        stages["calibration stops"] = gate_and_up * self.load.calibration_tokens  # a second time, in the quantized one
         stages["Hessians"] = sum(2.0 * k**2 for k in self._inputs) * self.load.calibration_tokens
         if self.correction:
             inner = sum(2.0 * self.architecture.linear_shape(group[0])[1] ** 2 for group in _INNER)

@@ -11,8 +11,6 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from runtime.sizes import show_size
-
 if __package__ in (None, ""):  # run as a file: Python put quantize/ first on the path, the tree belongs there
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
@@ -34,12 +32,14 @@ from quantize.sweep_job import sweep
 from quantize.writer import Writer
 from runtime.checkpoint import open_checkpoint
 from runtime.command import run_command
+from runtime.devices import at_work
 from runtime.files import write_whole
 from runtime.memory import peak_memory
 from runtime.numerics import BFLOAT16, FLOAT32
 from runtime.parity_pairs import write_pairs
 from runtime.parity_report import ParityReport, Thresholds, hold, read_report
 from runtime.report import JSON_FILE, write_report
+from runtime.sizes import show_size
 from runtime.summary import summary_table, verdict
 from runtime.sweep import read_head
 from runtime.table import print_table
@@ -78,7 +78,8 @@ def quantize(arguments: Namespace, console: Console) -> int:
             writer = Writer(output, inputs.checkpoint, inputs.recipe.quantization())
 
             # 3. Sweep the blocks, then score and repair.
-            outcome = sweep_and_conclude(job, inputs, writer, console)
+            with at_work(torch.device(inputs.recipe.device)):
+                outcome = sweep_and_conclude(job, inputs, writer, console)
 
             # 4. Compare, and write what makes it a checkpoint.
             report = compare(inputs, outcome, job.blocks, arguments)

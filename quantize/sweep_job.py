@@ -55,6 +55,7 @@ def sweep(
         job.finish_block(*written, _figures(streams, packed, index, time.perf_counter() - start))
         streams.turn_over()
         progress.block_done()
+        del block, packed  # else they would stand beside the next block
 
 
 def _pass_block(streams: Streams, tensors: Tensors, index: int, recipe: Recipe, progress: BlockProgress) -> PackedBlock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import psutil
@@ -140,3 +141,8 @@ def _cuda_devices() -> int:
 def _free(name: str) -> int:
     free = torch.cuda.mem_get_info(name)[0] if name.startswith("cuda") else psutil.virtual_memory().available
     return int(FREE_SHARE * free)
+
+
+def at_work(device: torch.device) -> AbstractContextManager[object]:
+    """What a thread computes in: Triton launches on the current GPU, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

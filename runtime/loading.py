@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -38,10 +38,6 @@ class ShareBlocks:
         self._last = checkpoint.architecture.num_hidden_layers - 1
         self._rotary = Rotary(checkpoint.architecture, checkpoint.architecture.max_position_embeddings, self.device)
         self._bus = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-
-    def at_work(self) -> AbstractContextManager[object]:
-        """What a thread computes in: Triton launches on the current GPU, wherever the tensors are."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def bring(self, index: int) -> Block:
         """Block `index` from host memory or disk, whole and on the device."""

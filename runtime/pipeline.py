@@ -9,6 +9,7 @@ from threading import Event
 import torch
 
 from runtime.batching import PackedBatch
+from runtime.devices import at_work
 from runtime.loading import ShareBlocks
 from runtime.lookahead import Lookahead
 from runtime.placement import IN_FLIGHT
@@ -50,7 +51,7 @@ def _stage(share: ShareBlocks, last: int, halt: Event) -> Callable[[Chunk], Chun
     @torch.inference_mode()  # which belongs to a thread
     def advance(chunk: Chunk) -> Chunk:
         batch, hidden = chunk[0].to(share.device), chunk[1].to(share.device)
-        with share.at_work():
+        with at_work(share.device):
             for index in share.share.blocks:
                 if halt.is_set():
                     raise Halted

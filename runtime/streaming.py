@@ -13,6 +13,7 @@ from threading import Event
 import torch
 
 from runtime.batching import PackedBatch
+from runtime.devices import at_work
 from runtime.loading import ShareBlocks
 from runtime.placement import Plan
 from runtime.sweep import Stream, sweep
@@ -56,7 +57,7 @@ def _sweep(
     share: ShareBlocks, stream: Stream, embedding: torch.Tensor, halt: Event
 ) -> list[tuple[PackedBatch, torch.Tensor]]:
     stream.embed(embedding)
-    with share.at_work(), closing(share.in_order()) as blocks:
+    with at_work(share.device), closing(share.in_order()) as blocks:
         outputs = sweep(stream, blocks, share.share.blocks[-1], halt)
     return list(zip(stream.batches, outputs, strict=True))
 
