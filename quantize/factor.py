@@ -106,7 +106,7 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
         if damp_percent > LARGEST_RETRY:
             raise JobError(
                 f"{name}: the Hessian of its inputs could not be factorised at any damping; "
-                "calibrate with more rows, or in fp32."
+                "start afresh with more --rows, or with --dtype float32."
             )
         notes = [f"{name}: damp_percent raised from {settings.damp_percent:g} to {damp_percent:g}"]
     roots = upper.diagonal().clone()

@@ -17,6 +17,7 @@ from runtime.architecture import BLOCK_LINEARS, Architecture
 from runtime.batching import pack
 from runtime.chat import Renderer
 from runtime.checkpoint import Checkpoint, open_checkpoint, read_architecture
+from runtime.devices import cuda_devices
 from runtime.errors import PlanError
 from runtime.numerics import matmul_dtype
 
@@ -45,6 +46,7 @@ def read_inputs(arguments: Namespace, model: str) -> Inputs:
     Raises:
         CheckpointError, ConversationError, PlanError: as their messages say.
     """
+    rows = load_rows(arguments.calibration)  # before a checkpoint that may have to be fetched
     checkpoint = open_checkpoint(model)
     if checkpoint.quantization is not None:
         raise PlanError(
@@ -52,7 +54,6 @@ def read_inputs(arguments: Namespace, model: str) -> Inputs:
         )
     architecture = checkpoint.architecture
     renderer = Renderer.from_directory(checkpoint.directory, architecture.max_position_embeddings)
-    rows = load_rows(arguments.calibration)
     drawn = sample(
         rows,
         renderer,
@@ -75,14 +76,13 @@ def plan_without_weights(arguments: Namespace, model: str) -> Plan:
     """The plan from a config alone; token counts are estimated from the conversations' characters."""
     _, architecture, _ = read_architecture(model)
     recipe, _ = _make_recipe(arguments, architecture, "", "")
-    pairs = load_rows(arguments.calibration).pairs
-    lengths = [
-        sum(len(message["content"]) for message in conversation) / CHARACTERS_A_TOKEN + 20
-        for pair in pairs
-        for conversation in (pair.chosen_conversation, pair.rejected_conversation)
-    ]
-    mean = sum(lengths) / max(1, len(lengths))
-    load = Load(int(mean * arguments.rows), int(mean * 2 * arguments.parity_pairs), recipe.token_budget, estimated=True)
+    rows = load_rows(arguments.calibration)
+    conversations = [row.messages for row in rows.conversations]
+    conversations += [each for pair in rows.pairs for each in (pair.chosen_conversation, pair.rejected_conversation)]
+    characters = sum(len(turn["content"]) for conversation in conversations for turn in conversation)
+    mean = characters / len(conversations) / CHARACTERS_A_TOKEN + 20
+    parity = int(mean * 2 * arguments.parity_pairs) if rows.pairs else 0
+    load = Load(int(mean * arguments.rows), parity, recipe.token_budget, estimated=True)
     return _make_plan(architecture, recipe, load)
 
 
@@ -138,7 +138,7 @@ def _device(wanted: str, must_exist: bool) -> str:
     cuda = re.fullmatch(r"cuda(?::(\d+))?", wanted)
     if cuda is None:
         raise PlanError(f"--device is {wanted!r}; auto, cpu, or cuda:N was expected.")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = cuda_devices()
     index = int(cuda[1] or 0)
     if must_exist and index >= count:
         raise PlanError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from quantize.recipe import Recipe
-from runtime.errors import MENDABLE, JobError, KitError
+from runtime.errors import MENDABLE, JobError, KitError, PlanError
 from runtime.files import open_locked, write_whole
 
 SCHEMA = 1
@@ -37,7 +37,7 @@ class Job:
 
     @classmethod
     def open(cls, output: Path, recipe: Recipe, *, resume: bool) -> Job:
-        """Start a job in an empty directory, or go on with the one that is there.
+        """Start a job in an empty directory, or go on with the one that is there. It is one once a shard is recorded.
 
         Raises:
             JobError: the directory is not ours, is in use, holds a job and `resume` was not said, or holds
@@ -56,11 +56,10 @@ class Job:
             )
         recipe.refuse_changes(state["recipe"], f"the job in {output}")
         job = cls(output, state, lock)
-        if job.finished:
+        if not job.blocks or job.finished:
             job._drop_streams()
-        else:
+        if not job.finished:
             job.streams.mkdir(exist_ok=True)
-            job._save()
         return job
 
     def __enter__(self) -> Job:
@@ -72,6 +71,8 @@ class Job:
         self._lock.close()
         if isinstance(error, OSError) and error.errno in MENDABLE and error.filename is None:
             error.filename = str(self.output)  # a full disk is not named by who finds it full
+        if isinstance(error, (PlanError, JobError)):
+            return  # which say themselves what would do
         if isinstance(error, KitError) or (isinstance(error, OSError) and error.errno in MENDABLE):
             fault = str(error).rstrip(".")
             raise JobError(f"{fault}. Finished blocks are kept; the same command with --resume goes on.") from error

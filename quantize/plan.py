@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from runtime.architecture import BLOCK_LINEARS, Architecture
+from runtime.devices import is_here
 from runtime.errors import PlanError
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
 from runtime.sizes import show_size
@@ -257,7 +258,7 @@ def fit_memory(plan: Plan, budget: int | None) -> Plan:
             f"the peak would be {show_size(needed)} of memory, with {show_size(limit)} "
             f"{'allowed by --ram-budget' if budget else 'available'}; {remedy}."
         )
-    if plan.device != "cpu":
+    if plan.device != "cpu" and is_here(plan.device):
         free = torch.cuda.mem_get_info(plan.device)[0]
         if candidate.gpu_peak > free:
             raise PlanError(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantize.plan import FP32_STAGES, Plan
+from runtime.devices import is_here
 from runtime.machine import matmul_rate
 from runtime.sizes import show_size
 
@@ -53,8 +54,7 @@ def plan_rows(plan: Plan, model: str, output: Path) -> list[tuple[str, str]]:
 
 
 def _time(plan: Plan) -> str:
-    available = plan.device == "cpu" or torch.cuda.is_available()
-    if not available:
+    if not is_here(plan.device):
         return "not estimated: no such device here"
     exact = matmul_rate(torch.float32, plan.device)
     rate = exact if plan.matmul_bytes == 4 else matmul_rate(torch.bfloat16, plan.device)

@@ -23,7 +23,7 @@ from quantize.comparison import compare, reference_scores
 from quantize.inputs import Inputs, plan_without_weights, read_inputs
 from quantize.job import Job, refuse_foreign
 from quantize.outcome import Outcome, conclude
-from quantize.plan import check_disk
+from quantize.plan import check_disk, fit_memory
 from quantize.plan_table import print_plan
 from quantize.progress import BlockProgress
 from quantize.repair import head_tensors
@@ -33,7 +33,9 @@ from quantize.writer import Writer
 from runtime.checkpoint import open_checkpoint
 from runtime.command import run_command
 from runtime.devices import at_work
+from runtime.errors import PlanError
 from runtime.files import write_whole
+from runtime.hub import is_hub_id
 from runtime.memory import peak_memory
 from runtime.numerics import BFLOAT16, FLOAT32
 from runtime.parity_pairs import write_pairs
@@ -63,9 +65,10 @@ def quantize(arguments: Namespace, console: Console) -> int:
 
     # 1. Say what will happen, before anything heavy does.
     if arguments.dry_run:
-        print_plan(plan_without_weights(arguments, model), model, output, console)
-        return 0
+        return foresee(arguments, model, output, console)
     refuse_foreign(output)
+    if is_hub_id(model) and not Path(model).exists():  # before all of it is fetched
+        fit_memory(plan_without_weights(arguments, model), arguments.ram_budget)
     inputs = read_inputs(arguments, model)
     print_plan(inputs.plan, inputs.checkpoint.name, output, console)
     console.print(f"{inputs.rows.summary()}\n{inputs.sample.summary()}", style="dim")
@@ -88,6 +91,19 @@ def quantize(arguments: Namespace, console: Console) -> int:
 
     # 5. Say what came of it.
     return announce(output, time.perf_counter() - start, arguments, console)
+
+
+def foresee(arguments: Namespace, model: str, output: Path, console: Console) -> int:
+    """The plan from the config alone, and whether the job could begin here and now."""
+    plan = plan_without_weights(arguments, model)
+    print_plan(plan, model, output, console)
+    try:
+        if not fit_memory(plan, arguments.ram_budget).prefetch:
+            console.print("For the memory that there is here, the next block would not be read ahead.")
+        check_disk(plan, output)
+    except PlanError as error:
+        console.print(f"Here and now it would be refused: {error}")
+    return 0
 
 
 def sweep_and_conclude(job: Job, inputs: Inputs, writer: Writer, console: Console) -> Outcome:

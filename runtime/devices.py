@@ -82,7 +82,7 @@ def find_devices(names: Names = "auto", memory: Memory | None = None) -> Devices
     wanted = [name.strip() for each in wanted for name in each.split(",")]
     automatic = wanted == ["auto"]
     if automatic:
-        wanted = [f"cuda:{index}" for index in range(_cuda_devices())] or [HOST]
+        wanted = [f"cuda:{index}" for index in range(cuda_devices())] or [HOST]
     wanted = ["cuda:0" if name == "cuda" else name for name in wanted]
     _check_names(wanted)
     idle = sorted(budgets.keys() - {*wanted, HOST})
@@ -121,7 +121,7 @@ def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
             raise PlanError(f"devices has {name!r}; auto, cpu, cuda:N, or several with commas were expected.")
-        if name.startswith("cuda:") and int(name[5:]) >= (count := _cuda_devices()):
+        if name.startswith("cuda:") and int(name[5:]) >= (count := cuda_devices()):
             raise PlanError(f"{name}: this machine has {count} CUDA devices that torch can use; try cpu.")
     if len({*names}) < len(names):
         raise PlanError(f"devices is {','.join(names)}; name each device once.")
@@ -134,7 +134,13 @@ def _check_names(names: Sequence[str]) -> None:
         raise PlanError(f"devices is {','.join(names)}; cpu is all of the CPU, so name it alone.")
 
 
-def _cuda_devices() -> int:
+def is_here(name: str) -> bool:
+    """Whether this machine has the device `cpu` or `cuda:N`."""
+    return name == "cpu" or int(name.removeprefix("cuda:")) < cuda_devices()
+
+
+def cuda_devices() -> int:
+    """How many torch can use."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 

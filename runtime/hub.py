@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from runtime.errors import CheckpointError
+from runtime.errors import MENDABLE, CheckpointError
 
 ALLOWED_FILES = ("*.safetensors", "*.json", "merges.txt", "*.jinja", "parity_pairs.jsonl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -25,6 +25,7 @@ def download(model_id: str, files: tuple[str, ...] = ALLOWED_FILES) -> Path:
 
     Raises:
         CheckpointError: there is no such model, it is not open to this user, or there is no network.
+        OSError: the disk is full.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -38,7 +39,10 @@ def download(model_id: str, files: tuple[str, ...] = ALLOWED_FILES) -> Path:
         reason = "check the spelling, or log in with `hf auth login` if it is private"
         raise CheckpointError(f"{model_id} is neither a directory here nor a model on the hub; {reason}.") from error
     except Exception as error:  # every network library under the hub client raises its own kinds
+        if isinstance(error, OSError) and error.errno in MENDABLE:
+            raise  # a full disk
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
         raise CheckpointError(
-            f"{model_id} is no directory here and could not be downloaded ({type(error).__name__}); run the "
+            f"{model_id} is no directory here and could not be downloaded ({reason}); run the "
             "same command again once there is a connection, or copy the files here and name their directory."
         ) from error

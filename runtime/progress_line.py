@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -18,4 +20,5 @@ def progress_line(console: Console, what: str, *columns: ProgressColumn, quiet: 
         console=console,
         disable=quiet or not console.is_terminal,
         transient=True,
+        speed_estimate_period=math.inf,  # a block may take longer than any period, and two are needed for a pace
     )

@@ -169,14 +169,19 @@ def sweep(stream: Stream, blocks: Iterator[tuple[int, Block]], last: int, halt: 
 def _refuse_lost(file: Path | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
     size = shape[0] * shape[1] * dtype.itemsize
     if file is None or not file.is_file() or file.stat().st_size != size:
-        raise JobError(f"{file} is missing or not {size} bytes long, so the job cannot go on; start it afresh.")
+        raise JobError(
+            f"{file} is missing or not {size} bytes long, so the job cannot go on; remove its output and start again."
+        )
 
 
 def _buffer(shape: tuple[int, int], dtype: torch.dtype, file: Path | None, home: torch.device | str) -> torch.Tensor:
     if file is None:
         return torch.empty(shape, dtype=dtype, device=home)
     count = shape[0] * shape[1]
-    with open(file, "ab") as handle:
+    file.touch()
+    with open(
+        file, "r+b"
+    ) as handle:  # not to append: where a disk (NFS 3) cannot reserve, glibc reads and writes instead
         # Reserved now: a full disk is an error here, where it would be a bus error in a mapped page later.
         os.posix_fallocate(handle.fileno(), 0, max(1, count * dtype.itemsize))
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)

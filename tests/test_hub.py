@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+
 import huggingface_hub
 import pytest
 
@@ -36,7 +38,7 @@ def hub_error(name):
         (lambda: hub_error("GatedRepoError"), "accept terms"),
         (
             lambda: ConnectionError("no route"),
-            r"could not be downloaded \(ConnectionError\).*name their directory",
+            r"could not be downloaded \(ConnectionError: no route\).*name their directory",
         ),
         (lambda: TimeoutError(), r"could not be downloaded \(TimeoutError\)"),
     ],
@@ -54,3 +56,12 @@ def test_a_path_is_never_sent_to_the_hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     for source in ("./out/model", "/no/such", "out", "a/b/c", "../up", tmp_path / "gone" / "model"):
         assert "does not exist" in refusal(source)
+
+
+def test_a_full_disk_is_not_taken_for_a_lost_connection(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "/cache/model.safetensors")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(OSError, match="No space left on device"):
+        open_checkpoint("Qwen/WorldPM-72B")

@@ -13,7 +13,7 @@ import pytest
 
 from quantize.job import Job, refuse_foreign
 from quantize.recipe import Recipe
-from runtime.errors import JobError, NonFiniteError
+from runtime.errors import JobError, NonFiniteError, PlanError
 
 RECIPE = Recipe(
     model="a" * 64, conversations="b" * 64, method="gptq", bits=4, group_size=128, sym=True, desc_act=False,
@@ -60,6 +60,19 @@ def test_a_second_start_is_refused_and_told_how_to_go_on(tmp_path):
     start(tmp_path)
     with pytest.raises(JobError, match="already holds a started job; add --resume"):
         Job.open(tmp_path, RECIPE, resume=False)
+
+
+def test_what_stopped_before_its_first_shard_may_begin_with_other_arguments(tmp_path):
+    with Job.open(tmp_path, RECIPE, resume=False) as job:
+        (job.streams / "reference.0.bin").write_bytes(b"of another size")
+    with Job.open(tmp_path, replace(RECIPE, bits=8), resume=False) as job:
+        assert list(job.streams.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [PlanError("too large; take fewer."), JobError("lost; start afresh.")])
+def test_what_resuming_does_not_mend_does_not_advise_it(tmp_path, error):
+    with pytest.raises(type(error), match=f"^{error}$"), Job.open(tmp_path, RECIPE, resume=False):
+        raise error
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import io
 from rich.console import Console
 
 from quantize.progress import BlockProgress
+from runtime.progress_line import progress_line
 
 
 def watched(terminal: bool) -> str:
@@ -21,9 +22,20 @@ def watched(terminal: bool) -> str:
 
 def test_a_terminal_shows_blocks_linear_loss_and_memory():
     shown = watched(terminal=True)
-    for part in ("quantizing", "2/4", "mlp.down_proj", "loss 2.5e-03", "GiB", "left"):
+    for part in ("quantizing", "2/4", "mlp.down_proj", "loss 2.5e-03", "iB", "left"):
         assert part in shown
 
 
 def test_elsewhere_nothing_is_shown():
     assert watched(terminal=False) == ""
+
+
+def test_what_is_left_is_known_however_long_a_block_takes():
+    now = 0.0
+    bar = progress_line(Console(file=io.StringIO(), force_terminal=True), "quantizing")
+    bar.get_time = lambda: now
+    task = bar.add_task("", total=80)
+    for _ in range(3):
+        now += 1800.0
+        bar.advance(task)
+    assert bar.tasks[0].time_remaining == 77 * 1800

@@ -429,9 +429,41 @@ def test_dry_run_of_a_directory_with_weights_reads_its_config_alone(place, tmp_p
     assert "3 blocks, hidden 128" in capfd.readouterr().err and not output.exists()
 
 
+def test_dry_run_counts_single_conversations(place, tmp_path, capfd):
+    rows = [{"messages": [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y" * 400}]}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert quantize(place / "model", tmp_path / "chats.jsonl", tmp_path / "out", "--dry-run", "--rows", "10") == 0
+    assert "about 2,200 to calibrate on, about 0 to compare on" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--ram-budget", "10MiB"), "Here and now it would be refused: the peak would be"),
+        (("--device", "cuda:64"), "not estimated: no such device here"),
+    ],
+)
+def test_dry_run_says_what_this_machine_lacks(place, tmp_path, capfd, more, said):
+    assert quantize(place / "model", place / "pairs.jsonl", tmp_path / "out", "--dry-run", *more) == 0
+    assert said in capfd.readouterr().err
+
+
+def test_a_hub_model_is_fetched_only_when_it_fits(tmp_path, capfd, monkeypatch):
+    asked = []
+
+    def snapshot_download(model_id, *, allow_patterns, ignore_patterns):
+        asked.append(allow_patterns)
+        shutil.copyfile(SHAPES_72B, tmp_path / "config.json")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    command = ["--model", "Qwen/WorldPM-72B", "--output", str(tmp_path / "out"), "--device", "cpu"]
+    assert main([*command, "--ram-budget", "8GiB"]) == 2
+    assert "error: the peak would be" in capfd.readouterr().err and asked == [["config.json"]]
+
+
 def test_with_no_model_the_first_line_says_which_one_it_is(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("quantize.run.plan_without_weights", lambda *_: None)
-    monkeypatch.setattr("quantize.run.print_plan", lambda *_: None)
+    monkeypatch.setattr("quantize.run.foresee", lambda *_: 0)
     assert main(["--dry-run"]) == 0
     assert capfd.readouterr().err.startswith(
         "No --model given, so this is the embedded demo. The real one: --model Qwen"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,19 @@ def test_files_are_as_large_as_the_plan_says(checkpoint, tmp_path):
     wide, narrow = 64 * 4 * tokens, 64 * 2 * parity
     expected = {"reference": wide, "quantized": wide, "noise-floor": narrow}
     assert names_and_sizes(tmp_path) == {f"{name}.{turn}.bin": expected[name] for name in expected for turn in (0, 1)}
+
+
+def test_room_is_reserved_where_the_disk_itself_cannot(checkpoint, tmp_path, monkeypatch):
+    """glibc then reads and writes, which fails on what was opened to append or to write alone."""
+
+    def emulated(handle, offset, length):
+        flags = fcntl.fcntl(handle, fcntl.F_GETFL)
+        assert flags & os.O_ACCMODE == os.O_RDWR and not flags & os.O_APPEND
+        os.ftruncate(handle, offset + length)
+
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    make_streams(checkpoint, directory=tmp_path)
+    assert len(names_and_sizes(tmp_path)) == 6
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])
