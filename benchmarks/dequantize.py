@@ -11,6 +11,7 @@ bytes written, `copy_gb_per_second` bytes read and written by a plain copy of th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -24,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from runtime.devices import at_work  # noqa: E402
 from runtime.kernels import packed_weight  # noqa: E402
 from runtime.packing import dequantize_gptq, dequantize_int8, dequantize_nf4  # noqa: E402
 from runtime.quantization import Quantization  # noqa: E402
@@ -49,9 +51,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each line (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    for size in arguments.shapes:
-        for shape in SHAPES[size]:
-            for kind in arguments.kinds:
+    with at_work(torch.device(arguments.device)):
+        for size in arguments.shapes:
+            for shape, kind in itertools.product(SHAPES[size], arguments.kinds):
                 tokens = arguments.tokens or TOKENS[size]
                 group_size = 128 if size == "72b" else 64
                 figures = measure(kind, shape, group_size, tokens, arguments.device, arguments.seconds)

@@ -15,6 +15,7 @@ the rest goes on; the exit status then is 1.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -23,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture  # noq
 from runtime.attention import causal_attention  # noqa: E402
 from runtime.batching import pack  # noqa: E402
 from runtime.chat import Rendered  # noqa: E402
+from runtime.devices import at_work  # noqa: E402
 from runtime.linear import DenseLinear, make_linear  # noqa: E402
 from runtime.machine import matmul_rate  # noqa: E402
 from runtime.numerics import BFLOAT16  # noqa: E402
@@ -68,18 +71,11 @@ def main() -> int:
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"{device}: torch can use no CUDA device here; try --toy, or --device cpu")
     bench = Bench(device, divide=32 if arguments.toy else 1, work=arguments.work, sizes=arguments.tokens)
-    return max([attempt(getattr(bench, figure)) for figure in FIGURES if figure in arguments.only])
-
-
-def attempt(figure: Callable[[], None]) -> int:
-    """Run one figure; 1 where it failed."""
-    try:
-        figure()
-    except Exception as error:  # whatever it is, the other figures are still wanted
-        traceback.print_exc()
-        say(figure.__name__, failed=f"{type(error).__name__}: {error}")
-        return 1
-    return 0
+    with at_work(torch.device(device)):
+        for figure in FIGURES:
+            if figure in arguments.only:
+                bench.attempt(figure, getattr(bench, figure))
+    return int(bench.failed)
 
 
 class Bench:
@@ -102,18 +98,36 @@ class Bench:
         self.streamed: dict[str, Any] = {"memory": {device: "20GiB"}} if divide == 1 else {"stream": True}
         self.seconds = 2.0 if divide == 1 else 0.2
         self.generator = torch.Generator(device).manual_seed(0)
-        self.rate = 0.0
+        self.failed = False
+
+    def attempt(self, what: str, figure: Callable[[], Any]) -> Any:
+        """What `figure` returns; None, and a line that says why, where it fails."""
+        try:
+            return figure()
+        except Exception as error:  # whatever it is, the other figures are still wanted
+            self.failed = True
+            traceback.print_exc()
+            say(what, failed=f"{type(error).__name__}: {error}")
+        gc.collect()  # what the failure held on the device
+        return None
+
+    @cached_property
+    def rate(self) -> float:
+        """Operations a second of the machine's bf16 matrix product."""
+        return matmul_rate(torch.bfloat16, self.device, 1.0)
 
     def peak(self) -> None:
         """The machine's bf16 matrix product."""
-        self.rate = matmul_rate(torch.bfloat16, self.device, 1.0)
         say("matmul_peak", tflops=round(self.rate / 1e12, 1), device=self.name())
 
     def kernels(self) -> None:
         """Every format's weights against the plain twin's, and the bandwidth of writing them."""
         for kind in KINDS:
-            shape = self.architecture.linear_shape("mlp.up_proj")
-            say("dequantize", kind=kind, **measure(kind, shape, self.group_size, 2048, self.device, self.seconds))
+            self.attempt(f"dequantize {kind}", partial(self.kernel, kind))
+
+    def kernel(self, kind: str) -> None:
+        shape = self.architecture.linear_shape("mlp.up_proj")
+        say("dequantize", kind=kind, **measure(kind, shape, self.group_size, 2048, self.device, self.seconds))
 
     def attention(self) -> None:
         """Shared prefixes and odd lengths, in bf16 on the device against fp32 on the CPU."""
@@ -133,36 +147,39 @@ class Bench:
 
         `share_of_products` is of the rate that plain bf16 products of the same shapes reach.
         """
-        plain = {tokens: self.products(tokens) for tokens in self.sizes}
+        plain = {tokens: self.attempt(f"products of {tokens}", partial(self.products, tokens)) for tokens in self.sizes}
         for kind in ("16-bit", "gptq-4", "nf4"):
-            block = self.block(kind)
-            block.stack()
-            for tokens in self.sizes:
-                rows = [Rendered([0] * SEQUENCE, SEQUENCE - 1)] * (tokens // SEQUENCE)
-                batch = pack(rows, tokens, share=False)[0].to(self.device)
-                hidden = torch.randn(tokens, self.architecture.hidden_size, device=self.device)
-                seconds = self.timed(lambda block=block, hidden=hidden, batch=batch: block(hidden, batch))
-                share = 2 * self.plan(tokens).block_weights * tokens / seconds / self.rate
-                say(
-                    "block_forward",
-                    kind=kind,
-                    tokens=tokens,
-                    tokens_per_second=round(tokens / seconds),
-                    share_of_peak=round(share, 3),
-                    share_of_products=round(plain[tokens] / seconds, 3),
-                )
+            block = self.attempt(f"block {kind}", partial(self.block, kind))
+            for tokens in self.sizes if block else []:
+                what = f"block_forward {kind} {tokens}"
+                self.attempt(what, partial(self.forward_once, kind, block, tokens, plain[tokens]))
+
+    def forward_once(self, kind: str, block: Block, tokens: int, plain: float | None) -> None:
+        rows = [Rendered([0] * SEQUENCE, SEQUENCE - 1)] * (tokens // SEQUENCE)
+        batch = pack(rows, tokens, share=False)[0].to(self.device)
+        hidden = torch.randn(tokens, self.architecture.hidden_size, device=self.device)
+        seconds = self.timed(lambda: block(hidden, batch))
+        share = 2 * self.plan(tokens).block_weights * tokens / seconds / self.rate
+        say(
+            "block_forward",
+            kind=kind,
+            tokens=tokens,
+            tokens_per_second=round(tokens / seconds),
+            share_of_peak=round(share, 3),
+            share_of_products=round(plain / seconds, 3) if plain else None,
+        )
 
     def products(self, tokens: int) -> float:
         """Seconds of a block's products alone, as torch does them."""
-        shapes = [self.architecture.linear_shape(name) for name in BLOCK_LINEARS]
         pairs = [
-            (torch.randn(tokens, k).bfloat16().to(self.device), torch.randn(n, k).bfloat16().to(self.device))
-            for n, k in shapes
+            (torch.randn(tokens, weight.shape[1], device=self.device).bfloat16(), weight)
+            for weight in map(self.weight, BLOCK_LINEARS)
         ]
         return self.timed(lambda: [torch.nn.functional.linear(x, weight) for x, weight in pairs])
 
     def quantize(self) -> None:
         """Every stage of quantizing one block but for the two streams, and 80 blocks of that."""
+        self.peak_memory()  # what was before is not of this figure
         stages = dict.fromkeys(("hessian", "correction", "factorise", "solve", "refine"), 0.0)
         settings = GPTQSettings(group_size=self.group_size)
         for group in BLOCK_LINEAR_GROUPS:
@@ -207,12 +224,18 @@ class Bench:
             seconds = self.once(lambda: write_giant(giant, self.layers, self.divide))
             say("write_model", blocks=self.layers, seconds=round(seconds, 1))
             rows = self.mixed_pairs(64 if self.divide == 1 else 4)
-            resident = self.score(giant, "resident", rows, {})
-            streamed = self.score(giant, "streamed", rows, self.streamed)
-            say("streamed_against_resident", share=round(streamed / resident, 3))
+            placements = {"resident": {}, "streamed": self.streamed}
+            rates = {
+                placement: self.attempt(f"model {placement}", partial(self.score, giant, placement, rows, options))
+                for placement, options in placements.items()
+            }
+            if all(rates.values()):
+                say("streamed_against_resident", share=round(rates["streamed"] / rates["resident"], 3))
 
     def score(self, model: Path, placement: str, rows: list[Rendered], options: dict[str, Any]) -> float:
         """Tokens a second of one placement, and what else there is to say of it."""
+        gc.collect()  # the model before, so that this one's memory is its own
+        self.peak_memory()
         loaded: list[Scorer] = []
         seconds = self.once(lambda: loaded.append(Scorer.from_pretrained(model, devices=self.device, **options)))
         scorer = loaded[0]
@@ -220,7 +243,7 @@ class Bench:
         scorer.score_rendered(rows[:2])
         latency = self.timed(lambda: scorer.score_rendered(rows[:2]), 3)
         tokens = sum(batch.tokens for batch in pack(rows, scorer.token_budget))
-        rate = tokens / self.timed(lambda: scorer.score_rendered(rows), 1)
+        rate = tokens / self.timed(lambda: scorer.score_rendered(rows), 1, warm=1)
         say(
             "model_forward",
             placement=placement,
@@ -248,7 +271,9 @@ class Bench:
         """A block of random weights."""
         linears = {name: self.linear(name, kind) for name in BLOCK_LINEARS}
         norms = {name: torch.ones(self.architecture.hidden_size, device=self.device) for name in BLOCK_NORMS}
-        return Block(self.architecture, norms, linears, Rotary(self.architecture, SEQUENCE, self.device), BFLOAT16)
+        block = Block(self.architecture, norms, linears, Rotary(self.architecture, SEQUENCE, self.device), BFLOAT16)
+        block.stack()
+        return block
 
     def linear(self, name: str, kind: str) -> Any:
         if kind == "16-bit":
@@ -278,9 +303,9 @@ class Bench:
             device=self.device,
         )
 
-    def timed(self, action: Callable[[], Any], rounds: int = 5) -> float:
-        """Median seconds of `rounds` runs, after two to warm up."""
-        return statistics.median([self.once(action) for _ in range(rounds + 2)][2:])
+    def timed(self, action: Callable[[], Any], rounds: int = 5, warm: int = 2) -> float:
+        """Median seconds of `rounds` runs, after `warm` ones."""
+        return statistics.median([self.once(action) for _ in range(warm + rounds)][warm:])
 
     def once(self, action: Callable[[], Any]) -> float:
         self.wait()

@@ -69,9 +69,13 @@ class Checkpoint:
             _check_packed(block, self.architecture, self.quantization, f"{self.name}: {prefix}")
         return block
 
+    def sizes(self, prefix: str = "") -> list[int]:
+        """Stored bytes of each tensor whose name starts with `prefix`."""
+        return [stored.nbytes for name, stored in self.tensors.items() if name.startswith(prefix)]
+
     def nbytes(self, prefix: str = "") -> int:
-        """Stored bytes of the tensors whose name starts with `prefix`."""
-        return sum(stored.nbytes for name, stored in self.tensors.items() if name.startswith(prefix))
+        """Their sum."""
+        return sum(self.sizes(prefix))
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's and the chat template's files that are there."""

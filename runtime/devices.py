@@ -150,5 +150,11 @@ def _free(name: str) -> int:
 
 
 def at_work(device: torch.device) -> AbstractContextManager[object]:
-    """What a thread computes in: Triton launches on the current GPU, wherever the tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """What a thread computes in: Triton launches on the current GPU, wherever the tensors are.
+
+    From then on the whole process sums bf16 products in fp32; cuBLAS may otherwise add parts of a long sum in bf16.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return torch.cuda.device(device)

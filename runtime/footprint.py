@@ -37,6 +37,14 @@ class Footprint:
         """The largest block as it is stored."""
         return max(self.checkpoint.nbytes(block_prefix(index)) for index in range(self.blocks))
 
+    @cached_property
+    def pinned_block(self) -> int:
+        """The largest block in pinned host memory, of which torch takes a power of two for each tensor."""
+        return max(
+            sum(1 << (size - 1).bit_length() for size in self.checkpoint.sizes(block_prefix(index)))
+            for index in range(self.blocks)
+        )
+
     def block(self, *, keep: bool) -> int:
         """The largest block as it is computed: as stored, or with `keep` dequantized."""
         if not keep:

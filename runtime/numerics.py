@@ -29,20 +29,37 @@ BFLOAT16 = Numerics(torch.float32, torch.bfloat16)
 # What a user gets from transformers with dtype=bfloat16: the noise floor that parity is held against.
 PLAIN_BFLOAT16 = Numerics(torch.bfloat16, torch.bfloat16)
 
+AMPERE = (8, 0)
 NUMERICS = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 
 
 def matmul_dtype(wanted: str, device: str) -> str:
-    """`wanted`, or for `auto` bfloat16 where products in it are faster: on GPUs, and on CPUs that are built for it.
+    """`wanted`, or for `auto` bfloat16 where products in it are faster: on GPUs and CPUs that are built for it.
+
+    Args:
+        device: `cpu`, `cuda`, or one of several, `cuda:N`.
 
     Raises:
-        PlanError: there is no such dtype.
+        PlanError: there is no such dtype, or none of it on this GPU.
     """
-    if wanted == "auto":
-        return "bfloat16" if device != "cpu" or _cpu_is_faster_in_bfloat16() else "float32"
-    if wanted not in NUMERICS:
+    if wanted not in ("auto", *NUMERICS):
         raise PlanError(f"dtype is {wanted!r}; one of {', '.join(NUMERICS)} was expected.")
-    return wanted
+    if device == "cpu":
+        fast = _cpu_is_faster_in_bfloat16()
+    else:
+        fast = (capability := _least_capability(device)) >= AMPERE
+        if wanted == "bfloat16" and not fast:
+            raise PlanError(
+                "dtype is 'bfloat16', which GPUs multiply since compute capability 8.0 (Ampere); "
+                f"{device} has {'.'.join(map(str, capability))}, so take float32."
+            )
+    return wanted if wanted != "auto" else "bfloat16" if fast else "float32"
+
+
+def _least_capability(device: str) -> tuple[int, int]:
+    """Of `cuda:N`, or of all GPUs; that of a GPU on another machine is taken to be enough."""
+    here = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    return min((torch.cuda.get_device_capability(n) for n in here if device in ("cuda", f"cuda:{n}")), default=AMPERE)
 
 
 def _cpu_is_faster_in_bfloat16() -> bool:

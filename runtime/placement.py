@@ -8,7 +8,7 @@ every sweep, each device with its share of the conversations.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from runtime.checkpoint import Checkpoint
@@ -115,7 +115,13 @@ def make_plan(
     for count in [] if stream else range(fewest, len(found.wanted) + 1):
         if plan := _all_stay(footprint, found.wanted[:count], chunks):
             return plan
-    return _streamed(footprint, found, chunks, stream)
+    while True:
+        try:
+            return _streamed(footprint, found, chunks, stream)
+        except PlanError:
+            if found.all_needed or len(found.wanted) == 1:
+                raise
+            found = replace(found, wanted=found.wanted[:-1])  # the smallest, which nobody asked for
 
 
 def _chunks(kind: str) -> Iterator[int]:
@@ -166,10 +172,10 @@ def _streamed(footprint: Footprint, found: Devices, chunks: Sequence[int], force
     Raises:
         PlanError: there is no room for one block.
     """
-    block, hidden = footprint.block(keep=False), footprint.hidden(SWEEP_TOKENS)
+    block = footprint.block(keep=False)
     for buffers in (2, 1):
         for tokens in chunks:
-            shares = []
+            shares, hidden = [], footprint.hidden(max(CHUNKS * tokens, SWEEP_TOKENS))
             for device in found.wanted:
                 nbytes = _fixed(footprint, device, tokens, False) + buffers * block
                 if nbytes > device.budget:
@@ -200,7 +206,7 @@ def _from_host_or_disk(
     streamed = footprint.blocks - len(frozenset.intersection(*(share.resident for share in shares)))
     on_host = shares[0].device.is_host
     spare = shares[0].spare if on_host else found.host.budget - _on_host(footprint, found)
-    held = streamed * footprint.stored_block
+    held = streamed * (footprint.pinned_block if found.kind == "cuda" else footprint.stored_block)
     from_host = not (forced or on_host) and held + footprint.hidden(SWEEP_TOKENS) <= spare
     return Plan(
         "streamed",

@@ -136,10 +136,14 @@ class RayEngine:
             if place.kit != kit_version():
                 raise PlanError(f"on {place.host}: worldpm-kit is {place.kit}, here {kit_version()}; install the same.")
         crowd = Counter(place.host for place in places)
+        inside = _inside(arguments.devices)
+        own = {name: getattr(arguments, name) for name in OPTIONS}
+        own["devices"] = ",".join(inside.values()) or arguments.devices
+        allowed = {inside.get(name, name): nbytes for name, nbytes in parse_memory(arguments.memory).items()}
         actors = []
         for handle, place in zip(handles, places, strict=True):
-            memory = {"cpu": place.budget // crowd[place.host]} | parse_memory(arguments.memory)
-            options = Namespace(**{name: getattr(arguments, name) for name in OPTIONS} | {"memory": memory})
+            memory = {"cpu": place.budget // crowd[place.host]} | allowed
+            options = Namespace(**own | {"memory": memory})
             actors.append(Actor(handle, options, place))
         self.plan: Plan = _all([self._prepare(actors[0])], "it planned")[0]
         self._token_budget = self.plan.token_budget
@@ -214,6 +218,12 @@ def _gpus(devices: str, there_are_any: bool) -> int:
     if devices == "auto":
         return int(there_are_any)
     return len(devices.split(",")) if devices.startswith("cuda") else 0
+
+
+def _inside(devices: str) -> dict[str, str]:
+    """The names by which an actor knows its GPUs: Ray hides the others from it and counts from 0."""
+    names = devices.split(",") if devices.startswith("cuda") else []
+    return {"cuda:0" if name == "cuda" else name: f"cuda:{index}" for index, name in enumerate(names)}
 
 
 def _with_their_end(windows: Iterable[Window]) -> Iterator[Window | KitError]:

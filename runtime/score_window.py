@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from runtime.architecture import block_prefix
 from runtime.chat import Rendered
 from runtime.checkpoint import Checkpoint
-from runtime.errors import NonFiniteError
+from runtime.errors import ConversationError, NonFiniteError
 from runtime.scorable import Scorable
 from runtime.scored_row import Record, scored_record
 
@@ -23,9 +25,10 @@ def score_window(score: Score, window: Sequence[Scorable], checkpoint: Checkpoin
             names the tensor, if the checkpoint holds one that is not finite where it first showed.
     """
     try:
-        scores = iter(_scores(score, window))
-    except NonFiniteError:
-        scores = iter(_scores_alone(score, window, checkpoint))
+        together = _scores(score, window)
+    except (NonFiniteError, torch.OutOfMemoryError):
+        together = None  # and not scored again here, where the fault still holds what it was computed from
+    scores = iter(_scores_alone(score, window, checkpoint) if together is None else together)
     return [scored_record(row, [next(scores) for _ in row.rendered]) for row in window]
 
 
@@ -35,7 +38,7 @@ def _scores(score: Score, rows: Sequence[Scorable]) -> list[float]:
 
 
 def _scores_alone(score: Score, window: Sequence[Scorable], checkpoint: Checkpoint) -> list[float]:
-    """Of the rows that have finite ones; the others fail."""
+    """Of the rows that have finite ones, and that a GPU has the memory for; the others fail."""
     scores: list[float] = []
     faults: list[NonFiniteError] = []
     for row in window:
@@ -44,7 +47,15 @@ def _scores_alone(score: Score, window: Sequence[Scorable], checkpoint: Checkpoi
         except NonFiniteError as fault:
             row.fail(fault)
             faults.append(fault)
-    if scores:
+        except torch.OutOfMemoryError:
+            longest = max(len(each.token_ids) for each in row.rendered)
+            row.fail(
+                ConversationError(
+                    f"{longest:,} tokens in a conversation take more memory than the GPU has left; leave more of it "
+                    "free with --memory or --stream."
+                )
+            )
+    if scores or not faults:
         return scores
     tensor = find_damage(checkpoint, faults[0].block)
     first = next(row.error for row in window if row.error)

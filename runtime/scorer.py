@@ -137,6 +137,15 @@ class Scorer:
             raise NonFiniteError(f"conversation {int(bad[0])} has a non-finite score: the score head overflowed.")
         return scores.cpu()
 
+    def warm_up(self) -> None:
+        """Score a full chunk of nothing in particular: what is compiled and allocated for one is there from then on.
+
+        So a server's first request waits no longer than others, and what is free tells a next model the truth.
+        """
+        longest = self.checkpoint.architecture.max_position_embeddings
+        lengths = [min(longest, self.token_budget - start) for start in range(0, self.token_budget, longest)]
+        self.score_rendered([Rendered([row] + [0] * (length - 1), length - 1) for row, length in enumerate(lengths)])
+
     def scores(self, rendered: Sequence[Rendered]) -> list[float]:
         """`score_rendered` as plain numbers."""
         return self.score_rendered(rendered).tolist()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -15,7 +16,7 @@ import torch
 from runtime.batching import PackedBatch
 from runtime.devices import at_work
 from runtime.loading import ShareBlocks
-from runtime.placement import Plan
+from runtime.placement import SWEEP_TOKENS, Plan
 from runtime.sweep import Stream, sweep
 
 
@@ -35,41 +36,61 @@ def run_sweeps(
     """
     halt = Event()
     dealt = [(share, batches[turn :: len(shares)]) for turn, share in enumerate(shares)]
-    with ExitStack() as files:
-        sweeps: list[Callable[[], list[tuple[PackedBatch, torch.Tensor]]]] = []
-        for share, own in dealt:
-            if own:
-                stream = _stream(share, plan, own, embedding.shape[1], files)
-                sweeps.append(partial(_sweep, share, stream, embedding, halt))
-        if len(sweeps) == 1:
-            yield from sweeps[0]()
-            return
-        with ThreadPoolExecutor(len(shares)) as threads:
-            try:
-                for done in as_completed([threads.submit(each) for each in sweeps]):
-                    yield from done.result()
-            finally:
-                halt.set()
+    sweeps = [partial(_sweep_all, share, plan, own, embedding, halt) for share, own in dealt if own]
+    if len(sweeps) == 1:
+        yield from sweeps[0]()
+        return
+    with ThreadPoolExecutor(len(shares)) as threads:
+        try:
+            for done in as_completed([threads.submit(each) for each in sweeps]):
+                yield from done.result()
+        finally:
+            halt.set()
 
 
 @torch.inference_mode()  # which belongs to a thread
-def _sweep(
-    share: ShareBlocks, stream: Stream, embedding: torch.Tensor, halt: Event
+def _sweep_all(
+    share: ShareBlocks, plan: Plan, batches: Sequence[PackedBatch], embedding: torch.Tensor, halt: Event
 ) -> list[tuple[PackedBatch, torch.Tensor]]:
-    stream.embed(embedding)
-    with at_work(share.device), closing(share.in_order()) as blocks:
-        outputs = sweep(stream, blocks, share.share.blocks[-1], halt)
-    return list(zip(stream.batches, outputs, strict=True))
+    """One sweep, or several where the device has room for the hidden states of a part alone."""
+    done: list[tuple[PackedBatch, torch.Tensor]] = []
+    row_bytes = embedding.shape[1] * plan.numerics.stream.itemsize
+    for part in cut(batches, share.share.spare // row_bytes):
+        with ExitStack() as files:
+            stream = _stream(share, plan, part, row_bytes, files)
+            stream.embed(embedding)
+            with at_work(share.device), closing(share.in_order()) as blocks:
+                outputs = sweep(stream, blocks, share.share.blocks[-1], halt)
+            done += zip(part, outputs, strict=True)
+            del stream
+    return done
 
 
-def _stream(
-    share: ShareBlocks, plan: Plan, batches: Sequence[PackedBatch], hidden_size: int, files: ExitStack
-) -> Stream:
+def cut(batches: Sequence[PackedBatch], room: int) -> list[Sequence[PackedBatch]]:
+    """Into parts of about as many tokens, each of at most `room`; into one if `room` is too little for a sweep.
+
+    Bringing all blocks in once more costs less than hidden states that cross the bus at every block.
+    """
+    sizes = [batch.tokens for batch in batches]
+    total, longest = sum(sizes), max(sizes)
+    if total <= room or room < SWEEP_TOKENS + longest:
+        return [batches]
+    parts = -(-total // (room - longest))
+    ends = [0]
+    for number, tokens in enumerate(accumulate(sizes), 1):
+        if tokens * parts >= len(ends) * total:
+            ends.append(number)
+    return [batches[start:end] for start, end in pairwise(ends)]
+
+
+def _stream(share: ShareBlocks, plan: Plan, batches: Sequence[PackedBatch], row_bytes: int, files: ExitStack) -> Stream:
     """On the device where there is room, else in host memory, else in files."""
     dtype = plan.numerics.stream
-    nbytes = sum(batch.tokens for batch in batches) * hidden_size * dtype.itemsize
+    nbytes = sum(batch.tokens for batch in batches) * row_bytes
     fits_device = nbytes <= share.share.spare
     fits_host = nbytes <= plan.host_spare // len(plan.shares)
     directory = None if fits_device or fits_host else Path(files.enter_context(TemporaryDirectory(prefix="worldpm-")))
     home = share.device if fits_device else torch.device("cpu")
-    return Stream(batches, hidden_size, dtype, device=share.device, directory=directory, in_place=True, home=home)
+    return Stream(
+        batches, row_bytes // dtype.itemsize, dtype, device=share.device, directory=directory, in_place=True, home=home
+    )

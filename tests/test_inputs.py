@@ -86,9 +86,13 @@ def test_a_gpu_is_taken_where_there_is_one(place, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1 << 40, 1 << 40))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (9 - 2 * index, 0))
     recipe = read(place, "--device", "auto", "--dtype", "auto").recipe
     assert (recipe.device, recipe.dtype) == ("cuda:0", "bfloat16")
-    assert read(place, "--device", "cuda:1").recipe.device == "cuda:1"
+    older = read(place, "--device", "cuda:1").recipe
+    assert (older.device, older.dtype) == ("cuda:1", "float32")
+    with pytest.raises(PlanError, match="since compute capability 8.0 .Ampere.; cuda:1 has 7.0, so take float32"):
+        read(place, "--device", "cuda:1", "--dtype", "bfloat16")
     assert read(place, "--device", "cuda").recipe.device == "cuda:0"
     with pytest.raises(PlanError, match="cuda:2: this machine has 2 CUDA devices"):
         read(place, "--device", "cuda:2")

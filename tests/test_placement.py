@@ -57,6 +57,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda name: (80 * GIB, 80 * GIB))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
 
 
 # ---- choosing -------------------------------------------------------------------------------------------
@@ -164,6 +165,29 @@ def test_a_24_gb_gpu_holds_some_blocks_and_streams_the_rest_from_host_memory(gpu
     assert (plan.placement, plan.source, plan.buffers) == ("streamed", "host", 2)
     assert plan.token_budget == 16384 and 10 < len(share.resident) < 40
     assert make_plan(GPTQ4, devices="cuda:0", memory="cuda:0=22GiB,cpu=16GiB").source == "disk"
+
+
+def test_what_a_gpu_has_spare_holds_the_hidden_states_of_a_window(gpus):
+    plan = make_plan(GPTQ4, devices="cuda:0", memory="cuda:0=22GiB,cpu=64GiB")
+    assert plan.shares[0].spare >= Footprint(GPTQ4, BFLOAT16).hidden(plan.window_tokens)
+
+
+def test_pinned_memory_is_counted_by_the_powers_of_two_that_it_comes_in(gpus):
+    footprint = Footprint(ORIGINAL, BFLOAT16)
+    assert 1.05 < footprint.pinned_block / footprint.stored_block < 1.15
+    for budget, source in (("137GiB", "disk"), ("147GiB", "host")):
+        plan = make_plan(ORIGINAL, devices="cuda:0", memory=f"cuda:0=20GiB,cpu={budget}")
+        assert plan.source == source, budget
+
+
+def test_a_small_second_gpu_is_left_out_unless_it_is_asked_for(gpus, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    memory = {"cuda:0": "2GiB", "cuda:1": "22GiB", "cpu": "64GiB"}
+    assert [share.device.name for share in make_plan(GPTQ4, memory=memory).shares] == ["cuda:1"]
+    with pytest.raises(PlanError, match="cuda:0: 2,147,483,648 bytes may be used"):
+        make_plan(GPTQ4, devices="cuda:0,cuda:1", memory=memory)
+    with pytest.raises(PlanError, match="one block with 1,024 tokens at once needs"):
+        make_plan(GPTQ4, memory={"cuda:0": "1GiB", "cuda:1": "1GiB"})
 
 
 def test_the_original_on_a_small_cpu(gpus):

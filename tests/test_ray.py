@@ -315,6 +315,19 @@ def test_actors_get_what_all_can_have_alike(machines, actors, gpus, expected):
 
 
 @pytest.mark.parametrize(
+    ("devices", "inside"),
+    [
+        ("cuda:2,cuda:3", {"cuda:2": "cuda:0", "cuda:3": "cuda:1"}),
+        ("cuda", {"cuda:0": "cuda:0"}),
+        ("auto", {}),
+        ("cpu", {}),
+    ],
+)
+def test_actors_count_their_gpus_from_0(devices, inside):
+    assert ray_engine._inside(devices) == inside
+
+
+@pytest.mark.parametrize(
     ("machines", "actors", "gpus", "message"),
     [
         ([SMALL], 5, 0, "5 actors need a CPU each, but the Ray cluster has room for 4; choose fewer --actors."),

@@ -44,3 +44,21 @@ def test_a_whole_checkpoint_has_no_damage(tiny_checkpoint):
     checkpoint = open_checkpoint(tiny_checkpoint)
     assert [find_damage(checkpoint, block) for block in (None, 0, 1)] == [None] * 3
     assert torch.isfinite(Scorer(checkpoint).score([[user("Q"), assistant("a")]])).all()
+
+
+def test_a_row_that_the_gpu_has_no_memory_for_fails_alone(tiny_checkpoint):
+    scorer = Scorer(open_checkpoint(tiny_checkpoint))
+    long = {"prompt": "Q", "chosen": "yes", "rejected": "no " * 60}
+
+    def score(rendered):
+        if sum(len(each.token_ids) for each in rendered) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return scorer.scores(rendered)
+
+    (window,) = ScoreInput([*ROWS, ("f:3", long)]).windows(scorer.renderer, tokens=1000, truncate=False, strict=False)
+    (expected,) = ScoreInput(ROWS).windows(scorer.renderer, tokens=1000, truncate=False, strict=False)
+    *others, last = score_window(score, window, scorer.checkpoint)
+    assert others == score_window(scorer.scores, expected, scorer.checkpoint)
+    assert last["where"] == "f:3" and "tokens in a conversation take more memory than the GPU has left" in last["error"]
+    (alone,) = ScoreInput([("f:3", long)]).windows(scorer.renderer, tokens=1000, truncate=False, strict=False)
+    assert "memory" in score_window(score, alone, scorer.checkpoint)[0]["error"]

@@ -14,6 +14,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,40 @@ def test_hidden_states_in_files_give_the_very_scores_of_those_in_memory(six, mon
     in_files = Scorer(checkpoint, replace(plan, shares=shares, host_spare=0)).score(CONVERSATIONS)
     assert torch.equal(in_files, in_memory)
     assert made and not any(tmp_path.iterdir())
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(0, 60_000))
+def test_a_call_is_cut_into_sweeps_that_have_room(sizes, room):
+    batches = [SimpleNamespace(tokens=size) for size in sizes]
+    parts = streaming.cut(batches, room)
+    assert [batch for part in parts for batch in part] == batches and all(parts)
+    totals = [sum(batch.tokens for batch in part) for part in parts]
+    if room >= streaming.SWEEP_TOKENS + max(sizes):
+        assert max(totals) <= room and max(totals) - min(totals) <= 2 * max(sizes)
+    else:
+        assert len(parts) == 1
+
+
+@pytest.mark.parametrize("token_budget", [64, 5000])
+def test_warming_up_computes_a_full_chunk(six, monkeypatch, token_budget):
+    scorer, packed = placed(six["gptq"], "a device", token_budget), []
+    real = Block.__call__
+    monkeypatch.setattr(
+        Block, "__call__", lambda block, hidden, batch: (packed.append(batch.tokens), real(block, hidden, batch))[1]
+    )
+    scorer.warm_up()
+    assert set(packed) == {token_budget}
+
+
+def test_several_sweeps_give_the_very_scores_of_one(six, monkeypatch):
+    checkpoint = open_checkpoint(six["gptq"])
+    plan = make_plan(checkpoint, devices="cpu", stream=True, token_budget=TOKENS)
+    scorer, swept, real = Scorer(checkpoint, plan), [], streaming.sweep
+    one = scorer.score(CONVERSATIONS)
+    monkeypatch.setattr(streaming, "sweep", lambda stream, *more: (swept.append(stream), real(stream, *more))[1])
+    monkeypatch.setattr(streaming, "cut", lambda batches, room: [batches[:2], batches[2:]])
+    assert torch.equal(scorer.score(CONVERSATIONS), one)
+    assert len(swept) == 2
 
 
 @pytest.mark.parametrize(("name", "beyond"), [("streamed", 2), ("some stay", 2), ("one buffer", 1), ("from disk", 2)])

@@ -49,7 +49,10 @@ class Loading(threading.Thread):
         variants = open_variants(sources)
         for number, variant in enumerate(variants, 1):
             self._tell(f"loading {variant.label}, {number} of {len(variants)}")
-            self._service.add(variant, Scorer(variant.checkpoint, plan_scorer(variant.checkpoint, self._arguments)))
+            scorer = Scorer(variant.checkpoint, plan_scorer(variant.checkpoint, self._arguments))
+            if scorer.plan.shares[0].device.kind == "cuda":
+                scorer.warm_up()
+            self._service.add(variant, scorer)
         self._service.ready = True
         self._tell("ready")
         journal.write("ready", models=list(self._service.models))
