@@ -43,7 +43,7 @@ class Correction:
             weights: [T], None where all tokens weigh alike.
         """
         assert self._sum is not None, "this correction was used"
-        lacking = wanted.float().sub_(x).to(x.dtype)
+        lacking = (wanted.float() - x).to(x.dtype)  # the reference still needs what was wanted
         if self._alone is not None:
             lacking = lacking @ self._alone.weight(x.dtype).T
         if weights is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantize.hessian import mirror
 from quantize.settings import GPTQSettings
-from runtime.errors import JobError
+from runtime.errors import LostJobError
 
 SMALLEST_RETRY = 1e-4  # where a first damp_percent of 0 goes on
 LARGEST_RETRY = 10.0  # ten times the mean eigenvalue: what still fails then is not a Hessian
@@ -84,7 +84,7 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
     and a note says so.
 
     Raises:
-        JobError: it failed at every damping; `name` names the linear.
+        LostJobError: it failed at every damping; `name` names the linear.
     """
     diagonal = hessian.diagonal().clone()
     dead = (diagonal == 0).nonzero().flatten()
@@ -104,7 +104,7 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
             break
         damp_percent = max(10 * damp_percent, SMALLEST_RETRY)
         if damp_percent > LARGEST_RETRY:
-            raise JobError(
+            raise LostJobError(
                 f"{name}: the Hessian of its inputs could not be factorised at any damping; "
                 "start afresh with more --rows, or with --dtype float32."
             )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from quantize.recipe import Recipe
-from runtime.errors import MENDABLE, JobError, KitError, PlanError
+from runtime.errors import MENDABLE, JobError, KitError, LostJobError, PlanError
 from runtime.files import open_locked, write_whole
 
 SCHEMA = 1
@@ -71,7 +71,7 @@ class Job:
         self._lock.close()
         if isinstance(error, OSError) and error.errno in MENDABLE and error.filename is None:
             error.filename = str(self.output)  # a full disk is not named by who finds it full
-        if isinstance(error, (PlanError, JobError)):
+        if isinstance(error, (PlanError, LostJobError)):
             return  # which say themselves what would do
         if isinstance(error, KitError) or (isinstance(error, OSError) and error.errno in MENDABLE):
             fault = str(error).rstrip(".")

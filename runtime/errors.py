@@ -37,6 +37,10 @@ class JobError(KitError):
     """A job, of quantizing or of scoring, that cannot start, go on, or be resumed."""
 
 
+class LostJobError(JobError):
+    """A job that resuming does not mend."""
+
+
 class NonFiniteError(KitError):
     """A NaN or an infinity, with the tensor, block or conversation that first showed it.
 

@@ -17,7 +17,7 @@ import torch
 from runtime.architecture import HEAD_TENSORS
 from runtime.batching import PackedBatch
 from runtime.checkpoint import Checkpoint
-from runtime.errors import JobError, NonFiniteError
+from runtime.errors import LostJobError, NonFiniteError
 from runtime.linear import Tensors
 from runtime.lookahead import Lookahead
 from runtime.qwen2 import Block, ScoreHead
@@ -49,7 +49,7 @@ class Stream:
         buffers live that are no files.
 
         Raises:
-            JobError: blocks are finished and the files that hold what came of them are not there.
+            LostJobError: blocks are finished and the files that hold what came of them are not there.
             OSError: the disk has no room for the buffers.
         """
         self.name = name
@@ -169,7 +169,7 @@ def sweep(stream: Stream, blocks: Iterator[tuple[int, Block]], last: int, halt: 
 def _refuse_lost(file: Path | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
     size = shape[0] * shape[1] * dtype.itemsize
     if file is None or not file.is_file() or file.stat().st_size != size:
-        raise JobError(
+        raise LostJobError(
             f"{file} is missing or not {size} bytes long, so the job cannot go on; remove its output and start again."
         )
 

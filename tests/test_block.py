@@ -176,6 +176,16 @@ def test_linears_of_one_input_share_one_factor(monkeypatch):
     assert calls == expected
 
 
+@pytest.mark.parametrize("numerics", [FLOAT32, BFLOAT16])
+def test_the_reference_leaves_the_block_as_if_alone(numerics):
+    streams = make_streams(numerics)
+    block, reference = streams.block(block_tensors()), streams.reference
+    alone = [block(reference.read(number), batch) for number, batch in enumerate(reference.batches)]
+    quantize(streams)
+    for number, hidden in enumerate(alone):
+        assert (reference.read(number, following=True) - hidden).abs().max() < 1e-5 * hidden.abs().max()
+
+
 def test_no_inputs_stay_beside_the_factor(monkeypatch):
     seen = []
 

@@ -13,7 +13,7 @@ import pytest
 
 from quantize.job import Job, refuse_foreign
 from quantize.recipe import Recipe
-from runtime.errors import JobError, NonFiniteError, PlanError
+from runtime.errors import JobError, LostJobError, NonFiniteError, PlanError
 
 RECIPE = Recipe(
     model="a" * 64, conversations="b" * 64, method="gptq", bits=4, group_size=128, sym=True, desc_act=False,
@@ -69,7 +69,7 @@ def test_what_stopped_before_its_first_shard_may_begin_with_other_arguments(tmp_
         assert list(job.streams.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [PlanError("too large; take fewer."), JobError("lost; start afresh.")])
+@pytest.mark.parametrize("error", [PlanError("too large; take fewer."), LostJobError("lost; start afresh.")])
 def test_what_resuming_does_not_mend_does_not_advise_it(tmp_path, error):
     with pytest.raises(type(error), match=f"^{error}$"), Job.open(tmp_path, RECIPE, resume=False):
         raise error

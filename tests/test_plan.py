@@ -193,6 +193,7 @@ def test_mapped_pages_count_only_against_a_given_budget(monkeypatch):
 
 
 def test_a_gpu_that_is_too_small_is_named(monkeypatch):
+    monkeypatch.setattr("quantize.plan.is_here", lambda device: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (4 * GIB, 24 * GIB))
     with pytest.raises(PlanError, match=r"cuda:0 has 4\.0 GiB free and one block needs \d+\.\d GiB; use --device cpu"):
         fit_memory(plan_of(device="cuda:0", matmul_bytes=2), 64 * GIB)

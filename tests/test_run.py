@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -309,11 +308,11 @@ def test_the_model_s_own_directory_is_no_output(place, capfd):
 
 
 def test_a_disk_that_fails_before_the_job_is_an_error_without_a_traceback(place, tmp_path, capfd, monkeypatch):
-    full = OSError(errno.ENOSPC, "No space left on device", "job.json")
-    monkeypatch.setattr(Job, "_save", lambda self: (_ for _ in ()).throw(full))
+    full = OSError(errno.ENOSPC, "No space left on device", "streams")
+    monkeypatch.setattr(Job, "_drop_streams", lambda self: (_ for _ in ()).throw(full))
     assert quantize(place / "model", place / "pairs.jsonl", tmp_path / "out") == 2
     assert capfd.readouterr().err.endswith(
-        "error: job.json: no space left on device; free some, or choose another place.\n"
+        "error: streams: no space left on device; free some, or choose another place.\n"
     )
 
 
@@ -407,64 +406,3 @@ def test_single_conversations_calibrate_and_leave_nothing_to_compare(place, tmp_
     assert "parity" not in json.loads(capfd.readouterr().out)
     assert not (output / "parity.json").exists() and "Not measured" in (output / "README.md").read_text()
     Scorer.from_pretrained(output, devices="cpu", dtype="float32")
-
-
-# ---- planning only --------------------------------------------------------------------------------------
-
-
-def test_dry_run_writes_nothing_and_needs_no_weights(tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copyfile(SHAPES_72B, tmp_path / "config.json")
-    assert main(["--model", "config.json", "--dry-run", "--device", "cpu", "--output", "out"]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-    said = capfd.readouterr().err
-    assert "80 blocks, hidden 8192, 70.21 G weights" in said
-    assert "gptq, 4 bits in groups of 128, 4.16 bits a weight" in said
-    assert "reads 133.2 GiB once, writes 36.4 GiB" in said
-
-
-def test_dry_run_of_a_directory_with_weights_reads_its_config_alone(place, tmp_path, capfd):
-    output = tmp_path / "out"
-    assert quantize(place / "model", place / "pairs.jsonl", output, "--dry-run") == 0
-    assert "3 blocks, hidden 128" in capfd.readouterr().err and not output.exists()
-
-
-def test_dry_run_counts_single_conversations(place, tmp_path, capfd):
-    rows = [{"messages": [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y" * 400}]}]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert quantize(place / "model", tmp_path / "chats.jsonl", tmp_path / "out", "--dry-run", "--rows", "10") == 0
-    assert "about 2,200 to calibrate on, about 0 to compare on" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (("--ram-budget", "10MiB"), "Here and now it would be refused: the peak would be"),
-        (("--device", "cuda:64"), "not estimated: no such device here"),
-    ],
-)
-def test_dry_run_says_what_this_machine_lacks(place, tmp_path, capfd, more, said):
-    assert quantize(place / "model", place / "pairs.jsonl", tmp_path / "out", "--dry-run", *more) == 0
-    assert said in capfd.readouterr().err
-
-
-def test_a_hub_model_is_fetched_only_when_it_fits(tmp_path, capfd, monkeypatch):
-    asked = []
-
-    def snapshot_download(model_id, *, allow_patterns, ignore_patterns):
-        asked.append(allow_patterns)
-        shutil.copyfile(SHAPES_72B, tmp_path / "config.json")
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    command = ["--model", "Qwen/WorldPM-72B", "--output", str(tmp_path / "out"), "--device", "cpu"]
-    assert main([*command, "--ram-budget", "8GiB"]) == 2
-    assert "error: the peak would be" in capfd.readouterr().err and asked == [["config.json"]]
-
-
-def test_with_no_model_the_first_line_says_which_one_it_is(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("quantize.run.foresee", lambda *_: 0)
-    assert main(["--dry-run"]) == 0
-    assert capfd.readouterr().err.startswith(
-        "No --model given, so this is the embedded demo. The real one: --model Qwen"
-    )

@@ -51,7 +51,8 @@ def model(place, tmp_path) -> Path:
 
 
 def finished_blocks(output: Path) -> int:
-    return len(json.loads((output / "job" / "job.json").read_text())["blocks"])
+    state = output / "job" / "job.json"
+    return len(json.loads(state.read_text())["blocks"]) if state.exists() else 0
 
 
 def after_block(monkeypatch: pytest.MonkeyPatch, block: int, act: Callable[[], object]) -> None:
@@ -112,7 +113,9 @@ def test_a_full_disk_stops_with_its_name_and_resumes_when_there_is_room(
 def test_too_small_a_disk_is_refused_before_the_work(place, small_disk, capfd):
     disk = small_disk(1 << 20)
     assert quantize(place / "model", place / "pairs.jsonl", disk / "out", *SMALL) == 2
-    assert re.search(rf"{disk / 'out'} has \d+\.\d KiB free, but \d+\.\d MiB will be written", capfd.readouterr().err)
+    assert re.search(
+        rf"{disk / 'out'} has \d+\.\d [KM]iB free, but \d+\.\d MiB will be written", capfd.readouterr().err
+    )
     small_disk(64 << 20)
     assert quantize(place / "model", place / "pairs.jsonl", disk / "out", *SMALL, "--resume") == 0
 
