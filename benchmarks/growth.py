@@ -168,7 +168,7 @@ def load_alone(directory: str) -> Figure:
     open_checkpoint(directory)
     (torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()).sum()  # what libraries take is not the model's
     before, start = peak_memory(), time.perf_counter()
-    scorer = Scorer.from_pretrained(directory, devices="cpu", memory=f"cpu={as_stored(directory)}")
+    scorer = Scorer.from_pretrained(directory, devices="cpu", memory=f"cpu={as_stored(directory)}", dtype="bfloat16")
     seconds = time.perf_counter() - start
     return {"load_seconds": round(seconds, 2), "grew_by": peak_memory() - before, "kept": scorer.plan.keep}
 
@@ -176,7 +176,7 @@ def load_alone(directory: str) -> Figure:
 def sweep(directory: str, placement: str) -> Figure:
     keep_freed_memory()
     memory = {"resident": f"{as_stored(directory)}", "quarter": f"{quarter(directory)}"}[placement]
-    scorer = Scorer.from_pretrained(directory, devices="cpu", memory=f"cpu={memory}")
+    scorer = Scorer.from_pretrained(directory, devices="cpu", memory=f"cpu={memory}", dtype="bfloat16")
     each = token_rows(scorer, 512)
     scorer.score_rendered(each[:1])
     start = time.perf_counter()
