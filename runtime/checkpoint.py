@@ -74,7 +74,7 @@ class Checkpoint:
         return [stored.nbytes for name, stored in self.tensors.items() if name.startswith(prefix)]
 
     def nbytes(self, prefix: str = "") -> int:
-        """Their sum."""
+        """Stored bytes of those tensors together."""
         return sum(self.sizes(prefix))
 
     def tokenizer_files(self) -> list[Path]:

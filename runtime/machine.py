@@ -6,6 +6,8 @@ import time
 
 import torch
 
+from runtime.devices import cuda_devices
+
 
 def matmul_rate(dtype: torch.dtype, device: str, seconds: float = 0.2) -> float:
     """Floating-point operations a second of a device's matrix product, measured now."""
@@ -22,5 +24,4 @@ def matmul_rate(dtype: torch.dtype, device: str, seconds: float = 0.2) -> float:
 
 def used_devices() -> list[str]:
     """The CUDA devices on which this process has held tensors, or else the CPU."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [f"cuda:{index}" for index in range(count) if torch.cuda.max_memory_allocated(index)] or ["cpu"]
+    return [f"cuda:{index}" for index in range(cuda_devices()) if torch.cuda.max_memory_allocated(index)] or ["cpu"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime.devices import cuda_devices
 from runtime.errors import PlanError
 
 
@@ -58,8 +59,8 @@ def matmul_dtype(wanted: str, device: str) -> str:
 
 def _least_capability(device: str) -> tuple[int, int]:
     """Of `cuda:N`, or of all GPUs; that of a GPU on another machine is taken to be enough."""
-    here = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
-    return min((torch.cuda.get_device_capability(n) for n in here if device in ("cuda", f"cuda:{n}")), default=AMPERE)
+    meant = [index for index in range(cuda_devices()) if device in ("cuda", f"cuda:{index}")]
+    return min(map(torch.cuda.get_device_capability, meant), default=AMPERE)
 
 
 def _cpu_is_faster_in_bfloat16() -> bool:

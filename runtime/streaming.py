@@ -53,17 +53,19 @@ def _sweep_all(
     share: ShareBlocks, plan: Plan, batches: Sequence[PackedBatch], embedding: torch.Tensor, halt: Event
 ) -> list[tuple[PackedBatch, torch.Tensor]]:
     """One sweep, or several where the device has room for the hidden states of a part alone."""
-    done: list[tuple[PackedBatch, torch.Tensor]] = []
-    row_bytes = embedding.shape[1] * plan.numerics.stream.itemsize
-    for part in cut(batches, share.share.spare // row_bytes):
-        with ExitStack() as files:
-            stream = _stream(share, plan, part, row_bytes, files)
-            stream.embed(embedding)
-            with at_work(share.device), closing(share.in_order()) as blocks:
-                outputs = sweep(stream, blocks, share.share.blocks[-1], halt)
-            done += zip(part, outputs, strict=True)
-            del stream
-    return done
+    room = share.share.spare // (embedding.shape[1] * plan.numerics.stream.itemsize)
+    return [each for part in cut(batches, room) for each in _sweep(share, plan, part, embedding, halt)]
+
+
+def _sweep(
+    share: ShareBlocks, plan: Plan, batches: Sequence[PackedBatch], embedding: torch.Tensor, halt: Event
+) -> list[tuple[PackedBatch, torch.Tensor]]:
+    with ExitStack() as files:
+        stream = _stream(share, plan, batches, embedding.shape[1], files)
+        stream.embed(embedding)
+        with at_work(share.device), closing(share.in_order()) as blocks:
+            outputs = sweep(stream, blocks, share.share.blocks[-1], halt)
+    return list(zip(batches, outputs, strict=True))
 
 
 def cut(batches: Sequence[PackedBatch], room: int) -> list[Sequence[PackedBatch]]:
@@ -83,14 +85,14 @@ def cut(batches: Sequence[PackedBatch], room: int) -> list[Sequence[PackedBatch]
     return [batches[start:end] for start, end in pairwise(ends)]
 
 
-def _stream(share: ShareBlocks, plan: Plan, batches: Sequence[PackedBatch], row_bytes: int, files: ExitStack) -> Stream:
+def _stream(
+    share: ShareBlocks, plan: Plan, batches: Sequence[PackedBatch], hidden_size: int, files: ExitStack
+) -> Stream:
     """On the device where there is room, else in host memory, else in files."""
     dtype = plan.numerics.stream
-    nbytes = sum(batch.tokens for batch in batches) * row_bytes
+    nbytes = sum(batch.tokens for batch in batches) * hidden_size * dtype.itemsize
     fits_device = nbytes <= share.share.spare
     fits_host = nbytes <= plan.host_spare // len(plan.shares)
     directory = None if fits_device or fits_host else Path(files.enter_context(TemporaryDirectory(prefix="worldpm-")))
     home = share.device if fits_device else torch.device("cpu")
-    return Stream(
-        batches, row_bytes // dtype.itemsize, dtype, device=share.device, directory=directory, in_place=True, home=home
-    )
+    return Stream(batches, hidden_size, dtype, device=share.device, directory=directory, in_place=True, home=home)

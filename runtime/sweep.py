@@ -179,10 +179,9 @@ def _buffer(shape: tuple[int, int], dtype: torch.dtype, file: Path | None, home:
         return torch.empty(shape, dtype=dtype, device=home)
     count = shape[0] * shape[1]
     file.touch()
-    with open(
-        file, "r+b"
-    ) as handle:  # not to append: where a disk (NFS 3) cannot reserve, glibc reads and writes instead
-        # Reserved now: a full disk is an error here, where it would be a bus error in a mapped page later.
+    with open(file, "r+b") as handle:
+        # Reserved now: a full disk is an error here, where it would be a bus error in a mapped page later. Not opened
+        # to append, since glibc reads and writes where a disk cannot reserve, as NFS 3.
         os.posix_fallocate(handle.fileno(), 0, max(1, count * dtype.itemsize))
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
 

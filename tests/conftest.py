@@ -24,6 +24,12 @@ def _wait_for_nobody() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for a table's line on one line."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole random bf16 checkpoint of two layers. Shared by all tests: copy it before changing it."""

@@ -14,10 +14,7 @@ from tests.tiny_job import quantize, write_job_model, write_pairs
 SHAPES_72B = Path(__file__).with_name("shapes_72b.json")
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch):
-    """Room for a table's line on one line."""
-    monkeypatch.setenv("COLUMNS", "200")
+pytestmark = pytest.mark.usefixtures("wide_terminal")
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,10 @@ def watched(terminal: bool) -> str:
     return file.getvalue()
 
 
-def test_a_terminal_shows_blocks_linear_loss_and_memory():
+def test_a_terminal_shows_blocks_linear_loss_and_memory(monkeypatch):
+    monkeypatch.setattr("quantize.progress.peak_memory", lambda: 5 << 29)
     shown = watched(terminal=True)
-    for part in ("quantizing", "2/4", "mlp.down_proj", "loss 2.5e-03", "iB", "left"):
+    for part in ("quantizing", "2/4", "mlp.down_proj", "loss 2.5e-03", "2.5 GiB", "left"):
         assert part in shown
 
 

@@ -34,10 +34,7 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _wide(monkeypatch):
-    """Room for a table's line on one line."""
-    monkeypatch.setenv("COLUMNS", "200")
+pytestmark = pytest.mark.usefixtures("wide_terminal")
 
 
 @pytest.fixture(scope="module")
