@@ -10,6 +10,7 @@ On `--count` conversations of preference pairs, and on as many of best-of-N sets
     gptq-4   the kit, the demo packed by `quantize/run.py --bits 4`
     nf4      transformers with bitsandbytes, the demo packed by `quantize/run.py --method nf4`, one at a time
     gptqmodel  transformers with gptqmodel, the kernel that it picks by itself on this machine, one at a time
+    ours-float32, gptq-4-float32  the kit with fp32 products, which is its default where a CPU is slower in bf16
 
 `share_of_matmul` counts only the products that had to be computed (a prompt that rows share once), over the rate that
 plain bf16 products of the same shapes reach in this run. Each contender scores the rows `--rounds` times and the
@@ -41,13 +42,13 @@ from runtime.chat import Rendered, Renderer  # noqa: E402
 from runtime.checkpoint import open_checkpoint  # noqa: E402
 from runtime.errors import ConversationError  # noqa: E402
 from runtime.hf_model import Qwen2ForRewardModel  # noqa: E402
-from runtime.numerics import BFLOAT16  # noqa: E402
+from runtime.numerics import BFLOAT16, FLOAT32  # noqa: E402
 from runtime.quantization import BLOCK_LINEAR_GROUPS  # noqa: E402
 from runtime.rows import read_rows  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 
 Score = Callable[[list[Rendered]], torch.Tensor]
-CONTENDERS = ("card", "padded", "ours", "gptq-4", "nf4", "gptqmodel")
+CONTENDERS = ("card", "padded", "ours", "gptq-4", "nf4", "gptqmodel", "ours-float32", "gptq-4-float32")
 
 
 def main() -> int:
@@ -136,9 +137,10 @@ def fill(count: int, renderer: Renderer, groups: Any) -> list[Rendered]:
 
 def load(contender: str, arguments: argparse.Namespace) -> Score:
     demo = open_checkpoint("demo").directory
-    if contender in ("ours", "gptq-4"):
-        source = demo if contender == "ours" else arguments.gptq
-        return Scorer(open_checkpoint(source), numerics=BFLOAT16, token_budget=arguments.token_budget).score_rendered
+    if contender.startswith(("ours", "gptq-4")):
+        source = open_checkpoint(demo if contender.startswith("ours") else arguments.gptq)
+        numerics = FLOAT32 if contender.endswith("float32") else BFLOAT16
+        return Scorer(source, numerics=numerics, token_budget=arguments.token_budget).score_rendered
     source = {"nf4": arguments.nf4, "gptqmodel": arguments.gptq}.get(contender, demo)
     model = Qwen2ForRewardModel.from_pretrained(source, dtype=torch.bfloat16).eval()
     return partial(padded, model, 8) if contender == "padded" else partial(padded, model, 1)
