@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def giant_config(layers: int, divide: int = 1) -> dict:
 
 def write_giant(directory: Path, layers: int, divide: int = 1) -> None:
     """Write a GPTQ-4 checkpoint; group size 128, or 32 where widths are divided."""
+    whole, directory = directory, directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(directory, ignore_errors=True)  # of a run that was stopped
     directory.mkdir(parents=True)
     quantization = Quantization("gptq", 4, 128 if divide == 1 else 32)
     config = giant_config(layers, divide)
@@ -83,6 +86,7 @@ def write_giant(directory: Path, layers: int, divide: int = 1) -> None:
     config["quantization_config"] = quantization.to_config()
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(directory)
+    directory.rename(whole)
 
 
 def random_block(

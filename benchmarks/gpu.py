@@ -4,12 +4,12 @@
     python benchmarks/gpu.py --toy               anywhere, on the CPU, shapes a 32nd as wide and a few blocks
     python benchmarks/gpu.py --device cpu --only peak forward --tokens 2048      true shapes where there is no GPU
 
-In order: the matmul peak; every dequantization against its plain twin, and its bandwidth against a copy's; flash
-attention against the plain one; one block scoring packed conversations, 16-bit, GPTQ-4 and NF4, as tokens a second and
-share of the peak; one block quantized, seconds by stage; then a whole packed model from disk: load, memory, tokens a
-second on pairs of mixed length, one comparison's latency, and the same model streamed within a budget. Weights are
-random and made here, so it needs nothing but torch and this repository. A figure that fails says so in its line, and
-the rest goes on; the exit status then is 1.
+In order: the matmul peak; every dequantization against its plain twin, and its bandwidth against a copy's; fp8 products
+and flash attention against the plain ones; one block scoring packed conversations, 16-bit, GPTQ-4, the same in fp8, and
+NF4, as tokens a second and share of the bf16 peak; one block quantized, seconds by stage; then a whole packed model
+from disk: load, memory, tokens a second on pairs of mixed length, one comparison's latency, the same in fp8, and the
+same streamed within a budget. Weights are random and made here, so it needs nothing but torch and this repository. A
+figure that fails says so in its line, and the rest goes on; the exit status then is 1.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ from runtime.attention import causal_attention  # noqa: E402
 from runtime.batching import pack  # noqa: E402
 from runtime.chat import Rendered  # noqa: E402
 from runtime.devices import at_work  # noqa: E402
+from runtime.float8 import E4M3, in_float8, multiply_plainly, round_rows  # noqa: E402
 from runtime.linear import DenseLinear, make_linear  # noqa: E402
 from runtime.machine import matmul_rate  # noqa: E402
-from runtime.numerics import BFLOAT16  # noqa: E402
+from runtime.numerics import BFLOAT16, FLOAT8  # noqa: E402
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization  # noqa: E402
 from runtime.qwen2 import Block, Rotary  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
@@ -65,11 +67,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="directory for the whole model (default: a temporary one)")
     parser.add_argument("--device", help="default: cuda:0, with --toy cpu")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, metavar="NAME", help="of the figures")
-    parser.add_argument("--tokens", type=int, nargs="+", help="how many one block scores at once")
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"multiples of {SEQUENCE} that one block scores at once")
     arguments = parser.parse_args()
     device = arguments.device or ("cpu" if arguments.toy else "cuda:0")
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"{device}: torch can use no CUDA device here; try --toy, or --device cpu")
+    if any(tokens % SEQUENCE for tokens in arguments.tokens or []):
+        parser.error(f"--tokens is {arguments.tokens}; multiples of {SEQUENCE} were expected")
     bench = Bench(device, divide=32 if arguments.toy else 1, work=arguments.work, sizes=arguments.tokens)
     with at_work(torch.device(device)):
         for figure in FIGURES:
@@ -124,10 +128,30 @@ class Bench:
         """Every format's weights against the plain twin's, and the bandwidth of writing them."""
         for kind in KINDS:
             self.attempt(f"dequantize {kind}", partial(self.kernel, kind))
+        self.attempt("float8", self.float8)
 
     def kernel(self, kind: str) -> None:
         shape = self.architecture.linear_shape("mlp.up_proj")
         say("dequantize", kind=kind, **measure(kind, shape, self.group_size, 2048, self.device, self.seconds))
+
+    def float8(self) -> None:
+        """The device's fp8 weights and products against the plain ones, as shares of the largest; and its bandwidth."""
+        packed = self.linear("self_attn.q_proj", "gptq-4")
+        linear, plain = in_float8(packed), in_float8(replace(packed, tensors=to_cpu(packed.tensors)))
+        out = torch.empty(linear.shape, dtype=E4M3, device=self.device)
+        codes = plain.scaled.weight(E4M3).float()
+        same = torch.equal(linear.scaled.weight(E4M3, out).cpu().float(), codes)
+        x = torch.randn(512, linear.shape[1], device=self.device, generator=self.generator).bfloat16()
+        expected = multiply_plainly(*map(torch.Tensor.cpu, round_rows(x)), codes.to(E4M3), plain.units)
+        difference = (linear(x).cpu() - expected).abs().max() / expected.abs().max()
+        seconds = self.timed(lambda: linear.scaled.weight(E4M3, out), 20)
+        written = sum(each.numel() * each.dtype.itemsize for each in (*packed.tensors.values(), out))
+        say(
+            "float8",
+            weights_equal=same,
+            largest_difference=round(float(difference), 5),
+            gigabytes_per_second=round(written / seconds / 1e9),
+        )
 
     def attention(self) -> None:
         """Shared prefixes and odd lengths, in bf16 on the device against fp32 on the CPU."""
@@ -148,7 +172,7 @@ class Bench:
         `share_of_products` is of the rate that plain bf16 products of the same shapes reach.
         """
         plain = {tokens: self.attempt(f"products of {tokens}", partial(self.products, tokens)) for tokens in self.sizes}
-        for kind in ("16-bit", "gptq-4", "nf4"):
+        for kind in ("16-bit", "gptq-4", "gptq-4 fp8", "nf4"):
             block = self.attempt(f"block {kind}", partial(self.block, kind))
             for tokens in self.sizes if block else []:
                 what = f"block_forward {kind} {tokens}"
@@ -224,12 +248,12 @@ class Bench:
             seconds = self.once(lambda: write_giant(giant, self.layers, self.divide))
             say("write_model", blocks=self.layers, seconds=round(seconds, 1))
             rows = self.mixed_pairs(64 if self.divide == 1 else 4)
-            placements = {"resident": {}, "streamed": self.streamed}
+            placements = {"resident": {}, "resident, fp8": {"dtype": "fp8"}, "streamed": self.streamed}
             rates = {
                 placement: self.attempt(f"model {placement}", partial(self.score, giant, placement, rows, options))
                 for placement, options in placements.items()
             }
-            if all(rates.values()):
+            if rates["resident"] and rates["streamed"]:
                 say("streamed_against_resident", share=round(rates["streamed"] / rates["resident"], 3))
 
     def score(self, model: Path, placement: str, rows: list[Rendered], options: dict[str, Any]) -> float:
@@ -239,7 +263,13 @@ class Bench:
         loaded: list[Scorer] = []
         seconds = self.once(lambda: loaded.append(Scorer.from_pretrained(model, devices=self.device, **options)))
         scorer = loaded[0]
-        say("load", placement=placement, seconds=round(seconds, 1), allocated_gib=self.peak_memory())
+        say(
+            "load",
+            placement=placement,
+            found=scorer.plan.placement,
+            seconds=round(seconds, 1),
+            allocated_gib=self.peak_memory(),
+        )
         scorer.score_rendered(rows[:2])
         latency = self.timed(lambda: scorer.score_rendered(rows[:2]), 3)
         tokens = sum(batch.tokens for batch in pack(rows, scorer.token_budget))
@@ -271,15 +301,18 @@ class Bench:
         """A block of random weights."""
         linears = {name: self.linear(name, kind) for name in BLOCK_LINEARS}
         norms = {name: torch.ones(self.architecture.hidden_size, device=self.device) for name in BLOCK_NORMS}
-        block = Block(self.architecture, norms, linears, Rotary(self.architecture, SEQUENCE, self.device), BFLOAT16)
+        numerics = FLOAT8 if kind.endswith("fp8") else BFLOAT16
+        block = Block(self.architecture, norms, linears, Rotary(self.architecture, SEQUENCE, self.device), numerics)
         block.stack()
+        if numerics.float8:
+            block.to_float8()
         return block
 
     def linear(self, name: str, kind: str) -> Any:
         if kind == "16-bit":
             return DenseLinear(self.weight(name))
         shape = self.architecture.linear_shape(name)
-        quantization = self.quantization if kind == "gptq-4" else Quantization("nf4", 4)
+        quantization = Quantization("nf4", 4) if kind == "nf4" else self.quantization
         tensors = {suffix: each.to(self.device) for suffix, each in packed_tensors(shape, quantization).items()}
         if "scales" in tensors:
             tensors["scales"] = torch.full_like(tensors["scales"], 0.2 * shape[1] ** -0.5)
@@ -328,6 +361,11 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
         return round(peak, 1)
+
+
+def to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same on the CPU."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def say(figure: str, **values: Any) -> None:

@@ -74,12 +74,18 @@ def bench(arguments: Namespace, console: Console) -> int:
     # 4. Say what came of it.
     name, threads = str(dtype).removeprefix("torch."), torch.get_num_threads()
     if arguments.json:
-        about = {"model": model, "kit_version": kit_version(), "devices": devices, "threads": threads, "dtype": name}
-        about |= {"token_budget": scorer.token_budget, "file": arguments.file, "errors": errors}
+        about = {"model": model, "kit_version": kit_version(), "devices": devices, "threads": threads}
+        about |= {
+            "dtype": scorer.numerics.name,
+            "matmul_dtype": name,
+            "token_budget": scorer.token_budget,
+            "file": arguments.file,
+            "errors": errors,
+        }
         print(json.dumps(about | timing.figures(checkpoint.architecture)))
         return 0
     where = ", ".join(devices) if devices != ["cpu"] else f"{threads} CPU thread{'s' if threads > 1 else ''}"
-    title = f"{model}, {arguments.file or 'made-up pairs'}"
+    title = f"{model} in {scorer.numerics.name}, {arguments.file or 'made-up pairs'}"
     print_table(timing.table(checkpoint.architecture, f"{name} on {where}"), console, title)
     if errors:
         console.print(f"{errors:,} rows of {arguments.file} cannot be scored and were left out")

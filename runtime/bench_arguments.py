@@ -21,7 +21,7 @@ what is printed:
                    padding to count
   as rendered      tokens of the conversations as the model sees each, so that what they share counts for each
   TFLOP/s          of the linears' products for the tokens that had to be computed; attention is not counted
-  share of peak    the same over what a large matrix product reaches here, in the same dtype and the same run
+  share of peak    the same over what a large matrix product reaches here, in the same run and dtype (for fp8, bfloat16)
   load             from opening the checkpoint to a model that can score
   first score      from the same moment to the score of one conversation
   peak memory      of the whole process; on GPUs, of tensors

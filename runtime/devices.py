@@ -145,8 +145,10 @@ def cuda_devices() -> int:
 
 
 def _free(name: str) -> int:
-    free = torch.cuda.mem_get_info(name)[0] if name.startswith("cuda") else psutil.virtual_memory().available
-    return int(FREE_SHARE * free)
+    if not name.startswith("cuda"):
+        return int(FREE_SHARE * psutil.virtual_memory().available)
+    torch.cuda.empty_cache()  # what torch keeps of a model that is gone is free too
+    return int(FREE_SHARE * torch.cuda.mem_get_info(name)[0])
 
 
 def at_work(device: torch.device) -> AbstractContextManager[object]:

@@ -70,7 +70,7 @@ class Footprint:
         if keep or self.is_ready:
             return 0
         weights = max(map(self._weights, BLOCK_LINEAR_GROUPS))
-        return weights * self._width + min(weights, WEIGHTS_AT_ONCE["cpu"]) * PIECE_BYTES
+        return weights * self.numerics.products.itemsize + min(weights, WEIGHTS_AT_ONCE["cpu"]) * PIECE_BYTES
 
     def activations(self, tokens: int) -> int:
         """What so many tokens take inside a block; a conversation that is longer takes more.

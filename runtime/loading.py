@@ -64,6 +64,8 @@ class ShareBlocks:
                 block.densify()
             if self._plan.stacked and index != self._last:
                 block.stack()
+            if self._plan.numerics.float8:
+                block.to_float8()
         if self._bus:
             self._bus.synchronize()
         return block

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.errors import PlanError
+from runtime.numerics import NUMERICS
 from runtime.placement import Plan, make_plan
 from runtime.scorer import Scorer
 
@@ -32,9 +33,11 @@ def add_machine(group: argparse._ArgumentGroup, budget_remark: str = "") -> None
     )
     group.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        "--compute",  # a name for those who come for fp8
+        choices=("auto", *NUMERICS),
         default="auto",
-        help="inputs of matrix products (default: bfloat16 on cuda and on a cpu that is faster in it, else float32)",
+        help="inputs of matrix products (default: bfloat16 on cuda and on a cpu that is faster in it, else float32); "
+        "fp8 is for GPTQ weights of 4 bits on GPUs since Ada; it moves scores, `python -m runtime.parity` says how far",
     )
     group.add_argument(
         "--token-budget",

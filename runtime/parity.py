@@ -18,6 +18,7 @@ from runtime.command import run_command
 from runtime.errors import PlanError
 from runtime.figures import spread
 from runtime.golden import PUBLISHED, GoldenResult, usual_tolerance
+from runtime.machine_arguments import plan_scorer
 from runtime.parity_arguments import parse
 from runtime.parity_pairs import FILE_NAME as PAIRS_FILE
 from runtime.parity_pairs import Selection, read_pairs, select_pairs, stored_pairs
@@ -43,12 +44,14 @@ def parity(arguments: Namespace, console: Console) -> int:
     models, reference = opened[: len(arguments.models)], opened[-1] if arguments.reference else None
     places = report_directories(arguments.output, models) if arguments.output else {}
     selection = choose_pairs(arguments, models, reference)
+    for model in models:
+        plan_scorer(model.checkpoint, arguments)  # what cannot be computed is refused before another has been
 
     # 2. Score with the reference, unless its scores are stored.
     measured = None
     if reference is not None:
         console.print(f"{reference.source}: scoring {2 * len(selection.pairs):,} conversations, as the reference")
-        measured = Yardstick.measured(reference, run_variant(reference, selection, arguments))
+        measured = Yardstick.measured(reference, run_variant(reference, selection, for_reference(arguments)))
 
     # 3. Score with each model, one at a time in memory, and compare.
     results = [examine(model, selection, measured, arguments, console) for model in models]
@@ -61,6 +64,11 @@ def parity(arguments: Namespace, console: Console) -> int:
     if arguments.json:
         print(json.dumps(summarise(results)))
     return 0 if all(result.passed for result in results) else 1
+
+
+def for_reference(arguments: Namespace) -> Namespace:
+    """The same, but for fp8, which is a trait of what is compared."""
+    return Namespace(**vars(arguments) | {"dtype": "auto"}) if arguments.dtype == "fp8" else arguments
 
 
 def choose_pairs(arguments: Namespace, models: Sequence[Variant], reference: Variant | None) -> Selection:
@@ -109,7 +117,7 @@ def judge(model: Variant, run: Run, tolerance: float | None) -> GoldenResult:
     if model.golden is None or run.golden is None:
         return GoldenResult(model=model.label)
     if tolerance is None:
-        tolerance = usual_tolerance(run.matmul, model.checkpoint.quantization)
+        tolerance = usual_tolerance(run.products, model.checkpoint.quantization)
     published = PUBLISHED[model.golden]
     return GoldenResult(
         model=model.label, name=model.golden, published=published, scores=run.golden, tolerance=tolerance

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from runtime.architecture import BLOCK_LINEARS
 from runtime.checkpoint import Checkpoint
 from runtime.devices import Device, Devices, Memory, Names, find_devices
 from runtime.errors import PlanError
+from runtime.float8 import WIDTHS
 from runtime.footprint import Footprint
-from runtime.numerics import NUMERICS, Numerics, matmul_dtype
+from runtime.numerics import FLOAT32, NUMERICS, Numerics, matmul_dtype
 
 # Tokens at once. On a CPU a chunk's activations should stay in cache; on a GPU it should be long enough for unpacking
 # the weights to cost little (1.5 % at 16,384 tokens of a 72B). Halved where memory is short, down to the least.
@@ -99,15 +101,16 @@ def make_plan(
     Args:
         devices: as `find_devices` takes them; those named are all used.
         memory: bytes that may be used by device, where it is not to be what is free.
-        dtype: of matmul inputs, `auto`, `float32` or `bfloat16`; or the whole numerics.
+        dtype: of matmul inputs, `auto`, `float32`, `bfloat16` or `fp8`; or the whole numerics.
         token_budget: tokens in a chunk, in place of the plan's choice.
         stream: let no block stay, and read each from disk for every sweep: the least memory.
 
     Raises:
-        PlanError: a device is not there, or has no room for one block.
+        PlanError: a device is not there, or has no room for one block; or the weights cannot be multiplied so.
     """
     found = find_devices(devices, memory)
-    numerics = dtype if isinstance(dtype, Numerics) else NUMERICS[matmul_dtype(dtype, found.kind)]
+    numerics = dtype if isinstance(dtype, Numerics) else _numerics(dtype, found)
+    _check_numerics(checkpoint, numerics)
     footprint = Footprint(checkpoint, numerics)
     _check_host(footprint, found)
     chunks = [token_budget] if token_budget is not None else list(_chunks(found.kind))
@@ -133,7 +136,7 @@ def _chunks(kind: str) -> Iterator[int]:
 
 def _all_stay(footprint: Footprint, devices: Sequence[Device], chunks: Sequence[int]) -> Plan | None:
     """Resident or split, if all blocks fit: with long chunks rather than short ones, dequantized rather than not."""
-    may_keep = devices[0].kind == "cpu" and not footprint.is_ready
+    may_keep = devices[0].kind == "cpu" and not footprint.is_ready and not footprint.numerics.float8
     for tokens in chunks:
         for keep in (True, False) if may_keep else (False,):
             others = [_fixed(footprint, device, tokens, keep) for device in devices]
@@ -230,6 +233,29 @@ def _fixed(footprint: Footprint, device: Device, tokens: int, keep: bool) -> int
 def _on_host(footprint: Footprint, found: Devices) -> int:
     """What the host needs for devices with memory of their own: the embedding, and blocks on their way."""
     return footprint.embedding + 2 * len(found.wanted) * footprint.stored_block
+
+
+def _numerics(dtype: str, found: Devices) -> Numerics:
+    """As `dtype` says; for `auto` what is fast on all devices."""
+    dtypes = [matmul_dtype(dtype, device.name) for device in found.wanted]
+    return FLOAT32 if "float32" in dtypes else NUMERICS[dtypes[0]]
+
+
+def _check_numerics(checkpoint: Checkpoint, numerics: Numerics) -> None:
+    if not numerics.float8:
+        return
+    quantization, shapes = checkpoint.quantization, map(checkpoint.architecture.linear_shape, BLOCK_LINEARS)
+    if quantization is None or (quantization.method, quantization.bits) != ("gptq", 4):
+        stored = "not quantized" if quantization is None else f"{quantization.method}, {quantization.bits} bits"
+        raise PlanError(
+            f"dtype is 'fp8', which is for GPTQ weights of 4 bits; {checkpoint.directory} is {stored}, and would lose "
+            "by it what it has more than those, so take auto."
+        )
+    if odd := [width for shape in shapes for width in shape if width % WIDTHS]:
+        raise PlanError(
+            f"dtype is 'fp8', whose products want widths that {WIDTHS} divides; {checkpoint.directory} has one of "
+            f"{odd[0]}, so take auto."
+        )
 
 
 def _check_host(footprint: Footprint, found: Devices) -> None:

@@ -26,7 +26,7 @@ def placement_rows(plan: Plan) -> list[tuple[str, str]]:
     weights = "dequantized once and kept" if plan.keep else "as stored"
     return [
         *rows,
-        ("weights", f"{weights}; products in {str(plan.numerics.matmul).removeprefix('torch.')}"),
+        ("weights", f"{weights}; products in {plan.numerics.name}"),
         ("tokens", f"{plan.token_budget:,} at once"),
     ]
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture
 from runtime.attention import attention_at, causal_attention
 from runtime.batching import PackedBatch
-from runtime.linear import Linear, StackedLinear, Tensors, densify, make_linear, multiply, stack
+from runtime.float8 import in_float8
+from runtime.linear import Linear, Tensors, densify, make_linear, multiply, stack
 from runtime.numerics import Numerics
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
 
@@ -72,7 +73,7 @@ class Block:
         self.linears = linears
         self.rotary = rotary
         self.numerics = numerics
-        self._stacked: dict[tuple[str, ...], StackedLinear] = {}
+        self._stacked: dict[tuple[str, ...], Linear] = {}
 
     @classmethod
     def from_tensors(
@@ -99,6 +100,11 @@ class Block:
         for names in (QKV, GATE_UP):
             linears = [self.linears.pop(name) for name in names]
             self._stacked[names] = stack(linears, self.numerics.matmul)
+
+    def to_float8(self) -> None:
+        """Let packed GPTQ weights be multiplied in fp8. After `stack`, which takes no others."""
+        self.linears = {name: in_float8(linear) for name, linear in self.linears.items()}
+        self._stacked = {names: in_float8(linear) for names, linear in self._stacked.items()}
 
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
         """What q, k and v see: [T, H] in the matmul dtype."""
@@ -147,7 +153,9 @@ class Block:
     def _project(self, names: tuple[str, ...], x: torch.Tensor) -> Sequence[torch.Tensor]:
         """The outputs of linears that see the same input."""
         stacked = self._stacked.get(names)
-        return [self.linears[name](x) for name in names] if stacked is None else stacked(x).split(stacked.widths, -1)
+        if stacked is None:
+            return [self.linears[name](x) for name in names]
+        return stacked(x).split([self.architecture.linear_shape(name)[0] for name in names], -1)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.architecture.head_dim))

@@ -77,8 +77,9 @@ def open_output(arguments: Namespace, checkpoint: Checkpoint, plan: Plan, window
         return StandardOutput()
     recipe = {
         "model": checkpoint.fingerprint(),
-        "devices": arguments.devices,
-        "dtype": arguments.dtype,
+        # What `auto` came to: where it comes to something else, what is written already was computed in another way.
+        "devices": plan.shares[0].device.kind if arguments.devices == "auto" else arguments.devices,
+        "dtype": plan.numerics.name,
         "token_budget": plan.token_budget,
         "window": window,
         "products": "joined" if plan.stacked else "apart",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -20,44 +21,50 @@ Score = Callable[[Sequence[Rendered]], Sequence[float]]
 def score_window(score: Score, window: Sequence[Scorable], checkpoint: Checkpoint) -> list[Record]:
     """Records of rendered rows, scored in one call of `score`, which computes with `checkpoint`.
 
+    Where a row cannot be scored, halves are, and halves of those, until it is alone: where blocks are streamed every
+    call reads the whole model.
+
     Raises:
         NonFiniteError: not one row has a finite score, so that it is the model's fault rather than a row's. Its message
             names the tensor, if the checkpoint holds one that is not finite where it first showed.
     """
-    try:
-        together = _scores(score, window)
-    except (NonFiniteError, torch.OutOfMemoryError):
-        together = None  # and not scored again here, where the fault still holds what it was computed from
-    scores = iter(_scores_alone(score, window, checkpoint) if together is None else together)
+    faults: list[NonFiniteError] = []
+    found = _scores(score, [row for row in window if row.rendered], faults)
+    if faults and not found:
+        _blame(checkpoint, window, faults[0])
+    scores = iter(found)
     return [scored_record(row, [next(scores) for _ in row.rendered]) for row in window]
 
 
-def _scores(score: Score, rows: Sequence[Scorable]) -> list[float]:
-    rendered = [each for row in rows for each in row.rendered]
-    return list(score(rendered)) if rendered else []
-
-
-def _scores_alone(score: Score, window: Sequence[Scorable], checkpoint: Checkpoint) -> list[float]:
+def _scores(score: Score, rows: Sequence[Scorable], faults: list[NonFiniteError]) -> list[float]:
     """Of the rows that have finite ones, and that a GPU has the memory for; the others fail."""
-    scores: list[float] = []
-    faults: list[NonFiniteError] = []
-    for row in window:
-        try:
-            scores += _scores(score, [row])
-        except NonFiniteError as fault:
-            row.fail(fault)
+    if not rows:
+        return []
+    try:
+        return list(score([each for row in rows for each in row.rendered]))
+    except NonFiniteError as fault:
+        if len(rows) == 1:
+            rows[0].fail(fault)
             faults.append(fault)
-        except torch.OutOfMemoryError:
-            longest = max(len(each.token_ids) for each in row.rendered)
-            row.fail(
+            return []
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            longest = max(len(each.token_ids) for each in rows[0].rendered)
+            rows[0].fail(
                 ConversationError(
                     f"{longest:,} tokens in a conversation take more memory than the GPU has left; leave more of it "
                     "free with --memory or --stream."
                 )
             )
-    if scores or not faults:
-        return scores
-    tensor = find_damage(checkpoint, faults[0].block)
+            return []
+    # Not above, where the fault still holds what it was computed from.
+    half = len(rows) // 2
+    return _scores(score, rows[:half], faults) + _scores(score, rows[half:], faults)
+
+
+def _blame(checkpoint: Checkpoint, window: Sequence[Scorable], fault: NonFiniteError) -> NoReturn:
+    """Not one row has a finite score."""
+    tensor = find_damage(checkpoint, fault.block)
     first = next(row.error for row in window if row.error)
     raise NonFiniteError(
         f"{checkpoint.directory}: {tensor} holds a NaN or an infinity; fetch or write the model again."

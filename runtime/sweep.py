@@ -92,7 +92,7 @@ class Stream:
         self.finished_blocks = 0
         for index, batch in enumerate(self.batches):
             rows = embedding[batch.token_ids.cpu()]
-            self.current[self.rows(index)] = rows.to(self.current.device, self.current.dtype)
+            self.current[self.rows(index)] = rows.to(self.current.device).to(self.current.dtype)
 
     def advance(self, block: Block, block_index: int, batches: Sequence[int] | None = None) -> None:
         """Push batches (all, or those named) through `block` into `following`.

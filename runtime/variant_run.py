@@ -22,18 +22,18 @@ class Run:
     Attributes:
         scores: of the selected pairs, in their order.
         golden: of the model card's example, None where it was not scored.
-        matmul: dtype of the matrix products.
+        products: dtype of what the linears multiply.
     """
 
     scores: list[Scores]
     golden: Scores | None
-    matmul: torch.dtype
+    products: torch.dtype
     token_budget: int
 
     @property
     def arithmetic(self) -> str:
         """`float32`."""
-        return str(self.matmul).removeprefix("torch.")
+        return str(self.products).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -95,5 +95,5 @@ def run_variant(variant: Variant, selection: Selection, arguments: Namespace, *,
         raise NonFiniteError(f"{variant.label}: {error} Conversations are counted from 0, two a pair.") from error
     pairs = list(zip(scores[::2], scores[1::2], strict=True))
     return Run(
-        pairs[: len(selection.pairs)], pairs[-1] if golden else None, scorer.numerics.matmul, scorer.token_budget
+        pairs[: len(selection.pairs)], pairs[-1] if golden else None, scorer.numerics.products, scorer.token_budget
     )

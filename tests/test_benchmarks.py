@@ -22,7 +22,7 @@ def test_all_figures_at_toy_size(tmp_path):
     figures = [json.loads(line) for line in run.stdout.splitlines()]
     assert not any("failed" in figure for figure in figures)
     assert {figure["figure"] for figure in figures} == {
-        *("matmul_peak", "dequantize", "attention", "block_forward", "quantize_block"),
+        *("matmul_peak", "dequantize", "float8", "attention", "block_forward", "quantize_block"),
         *("write_model", "load", "model_forward", "streamed_against_resident"),
     }
     assert not any(tmp_path.iterdir())
@@ -42,6 +42,6 @@ def test_a_figure_that_fails_leaves_the_others(monkeypatch, capsys):
     monkeypatch.setattr(bench, "linear", linear)
     bench.attempt("forward", bench.forward)
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [figure.get("kind") for figure in said] == ["16-bit", None, "nf4"]
+    assert [figure.get("kind") for figure in said] == ["16-bit", None, "gptq-4 fp8", "nf4"]
     assert said[1] == {"figure": "block gptq-4", "failed": "OutOfMemoryError: CUDA out of memory"}
     assert bench.failed

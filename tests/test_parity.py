@@ -288,7 +288,8 @@ def test_the_scorer_gets_what_was_asked_for(place, monkeypatch):
     memory = ["--memory", "cpu=1GiB"]
     assert compare(place, place / "q4", "--reference", place / "model", "--token-budget", "99", *memory) == 0
     settings = {"devices": "cpu", "memory": "cpu=1GiB", "dtype": "float32", "token_budget": 99, "stream": False}
-    assert asked == [(place / "model", settings), (place / "q4", settings)]
+    # What is compared is planned before the reference is scored, and again when its turn comes.
+    assert asked == [(place / "q4", settings), (place / "model", settings), (place / "q4", settings)]
 
 
 def test_everything_of_a_model_is_scored_in_one_call(place, named, monkeypatch):

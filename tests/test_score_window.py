@@ -46,6 +46,27 @@ def test_a_whole_checkpoint_has_no_damage(tiny_checkpoint):
     assert torch.isfinite(Scorer(checkpoint).score([[user("Q"), assistant("a")]])).all()
 
 
+def test_a_bad_row_costs_few_calls(tiny_checkpoint):
+    """Where blocks are streamed, each reads the whole model."""
+    scorer, calls = Scorer(open_checkpoint(tiny_checkpoint)), []
+    rows = [(f"f:{n}", {"messages": [user("Q"), assistant("bad" if n == 37 else f"good {n}")]}) for n in range(64)]
+    (window,) = ScoreInput(rows).windows(scorer.renderer, tokens=10_000, truncate=False, strict=False)
+    bad = window[37].rendered[0]
+
+    def score(rendered):
+        calls.append(len(rendered))
+        if any(each.token_ids == bad.token_ids for each in rendered):
+            raise NonFiniteError("an overflow")
+        return scorer.scores(rendered)
+
+    records = score_window(score, window, scorer.checkpoint)
+    assert [record["where"] for record in records if "error" in record] == ["f:37"]
+    assert [record["score"] for record in records if "score" in record] == scorer.scores(
+        [row.rendered[0] for row in window if row.rendered]
+    )
+    assert len(calls) == 13  # 64, and both halves of 64, 32, 16, 8, 4 and 2
+
+
 def test_a_row_that_the_gpu_has_no_memory_for_fails_alone(tiny_checkpoint):
     scorer = Scorer(open_checkpoint(tiny_checkpoint))
     long = {"prompt": "Q", "chosen": "yes", "rejected": "no " * 60}

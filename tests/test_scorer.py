@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,10 +25,9 @@ from safetensors.torch import load_file, save_file
 from runtime import Scorer, streaming
 from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.errors import CheckpointError, ConversationError, NonFiniteError, PlanError
-from runtime.linear import FEWEST_ROWS
 from runtime.placement import make_plan
 from runtime.qwen2 import Block
-from tests.placed import GPTQ4, TOKENS, pack_checkpoint, placements, room
+from tests.placed import GPTQ4, TOKENS, pack_checkpoint, placements, room, rounds_rows_alike
 from tests.tiny import write_tiny_checkpoint
 
 NAMES = ["kept", "as stored", "a device", "halves", "1 and 5", "thirds", "streamed", "some stay", "one buffer"]
@@ -45,14 +43,6 @@ def answer(text: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def scorer(tiny_checkpoint) -> Scorer:
     return Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="float32")
-
-
-def rounds_rows_alike(dtype: torch.dtype) -> bool:
-    """Whether this machine's products give a row the same bits among any number of others, from `FEWEST_ROWS` up."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, 64, generator=generator).to(dtype) for n in (300, 128))
-    whole = F.linear(x, weight)
-    return all(torch.equal(F.linear(x[:rows], weight), whole[:rows]) for rows in range(FEWEST_ROWS, 300))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

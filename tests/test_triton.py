@@ -26,6 +26,7 @@ with pytest.MonkeyPatch.context() as patch:
     if DEVICE == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")  # read when a kernel is defined
     write_gptq = importlib.import_module("runtime.kernels.triton_gptq").write_gptq
+    write_gptq_rows = importlib.import_module("runtime.kernels.triton_gptq").write_gptq_rows
     write_nf4 = importlib.import_module("runtime.kernels.triton_nf4").write_nf4
 
 
@@ -55,6 +56,25 @@ def test_gptq(bits, words, group_size, sym, permuted, transposed, checkpoint_for
 
 @EXAMPLES
 @given(
+    bits=st.sampled_from([4, 8]),
+    words=st.tuples(st.integers(1, 40), st.integers(1, 20)),
+    permuted=st.booleans(),
+    # The interpreter loses what is subnormal in fp8.
+    dtype=st.one_of(DTYPES, st.just(torch.float8_e4m3fn)) if DEVICE == "cuda" else DTYPES,
+    seed=st.integers(0, 1000),
+)
+def test_gptq_along_rows(bits, words, permuted, dtype, seed):
+    in_features, out_features = (count * 32 // bits for count in words)
+    quantization, shape = Quantization("gptq", bits, 32), (out_features, in_features)
+    tensors = packed_tensors(shape, quantization, permuted=permuted, seed=seed)
+    around = torch.full((out_features + 3, in_features), 7.0, device=DEVICE).to(dtype)
+    write_gptq_rows(packed_weight(on_device(tensors), quantization, shape), around[1:-2])
+    assert torch.equal(around[1:-2].cpu().float(), twin(tensors, quantization, shape, dtype).float())
+    assert bool((around[[0, -2, -1]].float() == 7).all())
+
+
+@EXAMPLES
+@given(
     shape=st.tuples(st.integers(1, 90), st.integers(1, 300)),
     double_quant=st.booleans(),
     dtype=DTYPES,
@@ -74,7 +94,7 @@ from itertools import product
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from runtime.kernels.triton_gptq import gptq_kernel
+from runtime.kernels.triton_gptq import gptq_kernel, gptq_rows_kernel
 from runtime.kernels.triton_nf4 import nf4_kernel
 
 def ptx(kernel, types, constants, **options):
@@ -88,6 +108,9 @@ for bits, ordered in product((4, 8), (True, False)):
     constants = dict(stride_n=1, BITS=bits, ONES=1, IN_ORDER=ordered, WORDS=16, COLUMNS=128)
     code = ptx(gptq_kernel, gptq, constants)
     assert "ld.global.v4" in code and "st.global.v4" in code
+rows = "*i32 *i32 *fp16 *i32 *fp8e4nv i32 i32 i32"
+code = ptx(gptq_rows_kernel, rows, dict(BITS=4, ONES=1, ROWS=32, INNER=128))
+assert "st.global.v4" in code
 nf4 = "*u8 *fp32 *u8 *fp32 *fp32 fp32 *bf16 i32"
 code = ptx(nf4_kernel, nf4, dict(DOUBLE=True, BLOCKS=64, BLOCKSIZE=64, NESTED=256), enable_fp_fusion=False)
 assert "st.global.v4" in code and "fma." not in code

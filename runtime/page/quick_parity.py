@@ -61,7 +61,7 @@ class QuickParity:
         if variant.golden is not None:
             good, bad = self.model.submit([variant.renderer.render(each) for each in CONVERSATIONS]).result()
             golden = (good, bad)
-        run = Run([], golden, scorer.numerics.matmul, scorer.token_budget)
+        run = Run([], golden, scorer.numerics.products, scorer.token_budget)
         self.golden = judge(variant, run, None)
         rendered = self.selection.rendered.get(variant.label, [])
         for start in range(0, len(rendered), AT_ONCE):
