@@ -34,14 +34,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.block_stages import stage_seconds  # noqa: E402
 from benchmarks.dequantize import KINDS, measure  # noqa: E402
 from benchmarks.giant import giant_config, write_giant  # noqa: E402
-from quantize.correction import Correction  # noqa: E402
-from quantize.factor import factorise  # noqa: E402
-from quantize.gptq import SolvedLinear, solve  # noqa: E402
-from quantize.hessian import Hessian  # noqa: E402
 from quantize.plan import Load, Plan  # noqa: E402
-from quantize.refine import refine  # noqa: E402
 from quantize.settings import GPTQSettings  # noqa: E402
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture  # noqa: E402
 from runtime.attention import causal_attention  # noqa: E402
@@ -52,7 +48,7 @@ from runtime.float8 import E4M3, in_float8, multiply_plainly, round_rows  # noqa
 from runtime.linear import DenseLinear, make_linear  # noqa: E402
 from runtime.machine import matmul_rate  # noqa: E402
 from runtime.numerics import BFLOAT16, FLOAT8  # noqa: E402
-from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization  # noqa: E402
+from runtime.quantization import Quantization  # noqa: E402
 from runtime.qwen2 import Block, Rotary  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 from tests.packed import packed_tensors  # noqa: E402
@@ -204,33 +200,9 @@ class Bench:
     def quantize(self) -> None:
         """Every stage of quantizing one block but for the two streams, and 80 blocks of that."""
         self.peak_memory()  # what was before is not of this figure
-        stages = dict.fromkeys(("hessian", "correction", "factorise", "solve", "refine"), 0.0)
-        settings = GPTQSettings(group_size=self.group_size)
-        for group in BLOCK_LINEAR_GROUPS:
-            in_features = self.architecture.linear_shape(group[0])[1]
-            x = torch.randn(4096, in_features, device=self.device, generator=self.generator).bfloat16()
-            hessian = Hessian(in_features, self.device)
-            rounds = max(1, self.calibration_tokens // len(x))
-            stages["hessian"] += self.once(lambda h=hessian, x=x, n=rounds: [h.add(x) for _ in range(n)])
-            matrix = hessian.matrix()
-            found: list[Any] = []
-            hessian.finish()
-            stages["factorise"] += self.once(lambda m=matrix, f=found: f.append(factorise(m, settings)))
-            del matrix
-            linears = [DenseLinear(self.weight(name)) for name in group]
-            correction, weight = Correction(linears, in_features, self.device), hessian.weight
-            stages["correction"] += self.once(lambda c=correction, x=x, n=rounds: [c.add(x, 0.9 * x) for _ in range(n)])
-            targets: list[torch.Tensor] = []
-            solved: list[SolvedLinear] = []
-            factor = found[0]
-            for linear in linears:
-                stages["correction"] += self.once(
-                    lambda t=targets, c=correction, f=factor, each=linear, w=weight: t.append(c.target(each, f, w))
-                )
-                stages["solve"] += self.once(lambda t=targets, f=factor, s=solved: s.append(solve(t[-1], f, settings)))
-            stages["refine"] += self.once(factor.into_hessian)
-            for target, each in zip(targets, solved, strict=True):
-                stages["refine"] += self.once(lambda t=target, s=each, f=factor: refine(t, s, f.upper, f, settings))
+        stages = stage_seconds(
+            self.architecture, self.group_size, self.calibration_tokens, self.generator, self.weight, self.once
+        )
         say(
             "quantize_block",
             tokens=self.calibration_tokens,

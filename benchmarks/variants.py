@@ -5,8 +5,8 @@
 Each variant is made by the ordinary command from the same calibration rows; then every variant scores the same
 pairs, none of which was calibrated on, and its figures stand in one table, with 95 % bootstrap intervals in
 the JSON. `plain bf16` is the unquantized model as transformers computes it in bfloat16. `--only NAME ...` picks
-variants, `--dtype bfloat16` trades exactness for speed. Finished variants and scores are kept in --work and
-reused.
+variants, `--dtype bfloat16` trades exactness for speed. `gptq-4, fp8 products` is the model of `gptq-4`, scored in fp8.
+Finished variants and scores are kept in --work and reused.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ from runtime.chat import Rendered, Renderer  # noqa: E402
 from runtime.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from runtime.errors import ConversationError  # noqa: E402
 from runtime.figures import Figures, measure_figures  # noqa: E402
-from runtime.numerics import NUMERICS, PLAIN_BFLOAT16  # noqa: E402
+from runtime.numerics import FLOAT8, NUMERICS, PLAIN_BFLOAT16  # noqa: E402
 from runtime.qwen2 import ScoreHead  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 from runtime.sweep import read_head  # noqa: E402
 
+FP8 = "gptq-4, fp8 products"
 VARIANTS = {
     "gptq-8": ["--bits", "8"],
     "gptq-4": ["--bits", "4"],
+    FP8: ["--bits", "4"],
     "nf4": ["--method", "nf4"],
     "int8": ["--method", "int8"],
     "rtn-4": ["--method", "rtn"],
@@ -153,7 +155,7 @@ def draw_calibration(checkpoint: Checkpoint) -> Sample:
 
 def make(arguments: argparse.Namespace, name: str) -> Path:
     """Quantize, unless an earlier run did; repairs are fitted here, so that both heads can be told apart."""
-    directory = arguments.work / slug(name)
+    directory = arguments.work / slug("gptq-4" if name == FP8 else name)
     if not (directory / "parity.json").exists():
         command = ["--model", arguments.model, "--output", str(directory), "--parity-pairs", "2", "--resume"]
         command += ["--dtype", arguments.dtype, "--no-repair", *VARIANTS[name]]
@@ -165,7 +167,7 @@ def hidden_states(arguments: argparse.Namespace, name: str, model: str, rows: li
     """What the head of `model` starts from [rows, H], computed once and kept."""
     file = arguments.work / f"{slug(name)}.{arguments.dtype}.{len(rows)}.npy"
     if not file.exists():
-        numerics = PLAIN_BFLOAT16 if name == "floor" else NUMERICS[arguments.dtype]
+        numerics = {"floor": PLAIN_BFLOAT16, FP8: FLOAT8}.get(name, NUMERICS[arguments.dtype])
         np.save(file, Scorer(open_checkpoint(model), numerics=numerics).hidden_at_scored(rows).numpy())
     return torch.from_numpy(np.load(file))
 

@@ -43,7 +43,7 @@ def place(tmp_path_factory) -> Path:
 def compare(place: Path, *more: str | Path, pairs: bool = True) -> int:
     """Run the command in fp32 on the CPU; its exit status."""
     given = ["--pairs", place / "pairs.jsonl"] if pairs else []
-    return main([*map(str, more), *map(str, given), "--devices", "cpu", "--dtype", "float32"])
+    return main(["--devices", "cpu", "--dtype", "float32", *map(str, more), *map(str, given)])
 
 
 def figures(capfd) -> list[dict]:
@@ -290,6 +290,17 @@ def test_the_scorer_gets_what_was_asked_for(place, monkeypatch):
     settings = {"devices": "cpu", "memory": "cpu=1GiB", "dtype": "float32", "token_budget": 99, "stream": False}
     # What is compared is planned before the reference is scored, and again when its turn comes.
     assert asked == [(place / "q4", settings), (place / "model", settings), (place / "q4", settings)]
+
+
+def test_fp8_is_of_what_is_compared(place, capfd):
+    """Not of the reference; and what cannot be had of one model is said before another is scored."""
+    assert compare(place, place / "q4", "--reference", place / "model", "--dtype", "fp8", "--json") == 0
+    captured = capfd.readouterr()
+    assert "scoring 80 conversations, as the reference" in captured.err
+    assert json.loads(captured.out.splitlines()[-1])["models"]
+    assert compare(place, place / "q4", place / "q8", "--dtype", "fp8") == 2
+    said = capfd.readouterr().err
+    assert re.search(r"q8 is gptq, 8 bits, and would lose", said) and "scoring" not in said
 
 
 def test_everything_of_a_model_is_scored_in_one_call(place, named, monkeypatch):

@@ -77,6 +77,27 @@ MOMENTS = {
 }
 
 
+def test_another_machine_does_not_go_on_in_another_dtype(tiny_checkpoint, rows, tmp_path, monkeypatch, capfd):
+    """Where nothing was asked for: what `auto` came to counts."""
+    command = [
+        str(rows),
+        "--model",
+        str(tiny_checkpoint),
+        "--output",
+        str(tmp_path / "out.jsonl"),
+        "--token-budget",
+        "16",
+    ]
+    for fast, status in ((True, 130), (False, 2)):
+        monkeypatch.setattr("runtime.numerics._cpu_is_faster_in_bfloat16", lambda fast=fast: fast)
+        with pytest.MonkeyPatch.context() as patch:
+            stop(patch, ScoreFile, "write", 2, KeyboardInterrupt(), True)
+            assert main([*command, *([] if fast else ["--resume"])]) == status
+    assert "dtype was 'bfloat16' and is now 'float32'" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert main([*command, "--resume", "--devices", "cpu", "--dtype", "bfloat16"]) == 0
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_stopped_at_a_chosen_moment(tiny_checkpoint, rows, undisturbed, tmp_path, capfd, moment, suffix):
