@@ -296,7 +296,7 @@ def test_fp8_is_of_what_is_compared(place, capfd):
     """Not of the reference; and what cannot be had of one model is said before another is scored."""
     assert compare(place, place / "q4", "--reference", place / "model", "--dtype", "fp8", "--json") == 0
     captured = capfd.readouterr()
-    assert "scoring 80 conversations, as the reference" in captured.err
+    assert "conversations, as the reference" in captured.err
     assert json.loads(captured.out.splitlines()[-1])["models"]
     assert compare(place, place / "q4", place / "q8", "--dtype", "fp8") == 2
     said = capfd.readouterr().err

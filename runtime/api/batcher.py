@@ -196,21 +196,26 @@ class Batcher:
         model = batch[0][0].model
         rendered = [each for _, rows in batch for each in rows]
         tokens = count_tokens(rendered)
-        start = time.perf_counter()
+        start, scores = time.perf_counter(), list[float]()
+        fault: Exception | None = None
         try:
-            scores = iter(model.score(rendered))
-        except NonFiniteError:
-            self._score_alone([request for request, _ in batch])
+            scores = model.score(rendered)
         except Exception as error:  # whatever it is, it is these requests' answer and not the thread's end
-            for request, _ in batch:
-                self._fail(request, error)
-        else:
-            for request, rows in batch:
-                request.scores += [next(scores) for _ in rows]
-                if len(request.scores) == len(request.rendered):
-                    request.answer(request.scores)
+            fault = error
+        # Before the answers: a client that asks for metrics after its own finds its batch there.
         self._note(len(rendered), tokens, time.perf_counter() - start)
         self._crowded = len(batch) > 1
+        if isinstance(fault, NonFiniteError):
+            self._score_alone([request for request, _ in batch])
+        elif fault is not None:
+            for request, _ in batch:
+                self._fail(request, fault)
+        else:
+            left = iter(scores)
+            for request, rows in batch:
+                request.scores += [next(left) for _ in rows]
+                if len(request.scores) == len(request.rendered):
+                    request.answer(request.scores)
 
     def _score_alone(self, requests: list[_Request]) -> None:
         """Each request whole, so that the conversation at fault is named by its place in it and no other fails."""
