@@ -41,6 +41,10 @@ class Float8Linear:
         return self.scaled.shape
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        return self.scaled.widths
+
+    @property
     def device(self) -> torch.device:
         return self.units.device
 

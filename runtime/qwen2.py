@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture
 from runtime.attention import attention_at, causal_attention
 from runtime.batching import PackedBatch
-from runtime.float8 import in_float8
-from runtime.linear import Linear, Tensors, densify, make_linear, multiply, stack
+from runtime.float8 import Float8Linear, in_float8
+from runtime.linear import Linear, StackedLinear, Tensors, densify, make_linear, multiply, stack
 from runtime.numerics import Numerics
 from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization
 
@@ -73,7 +73,7 @@ class Block:
         self.linears = linears
         self.rotary = rotary
         self.numerics = numerics
-        self._stacked: dict[tuple[str, ...], Linear] = {}
+        self._stacked: dict[tuple[str, ...], StackedLinear | Float8Linear] = {}
 
     @classmethod
     def from_tensors(
@@ -153,9 +153,7 @@ class Block:
     def _project(self, names: tuple[str, ...], x: torch.Tensor) -> Sequence[torch.Tensor]:
         """The outputs of linears that see the same input."""
         stacked = self._stacked.get(names)
-        if stacked is None:
-            return [self.linears[name](x) for name in names]
-        return stacked(x).split([self.architecture.linear_shape(name)[0] for name in names], -1)
+        return [self.linears[name](x) for name in names] if stacked is None else stacked(x).split(stacked.widths, -1)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.architecture.head_dim))

@@ -108,7 +108,8 @@ def test_only_packed_weights_are_taken():
         in_float8(DenseLinear(torch.randn(16, 16)))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_multiplies_what_the_plain_product_does():
     linear = packed((256, 512))
     low = in_float8(make_linear({name: each.cuda() for name, each in linear.tensors.items()}, GPTQ4, (256, 512)))

@@ -195,27 +195,27 @@ class Batcher:
     def _score(self, batch: list[tuple[_Request, list[Rendered]]]) -> None:
         model = batch[0][0].model
         rendered = [each for _, rows in batch for each in rows]
-        tokens = count_tokens(rendered)
-        start, scores = time.perf_counter(), list[float]()
-        fault: Exception | None = None
         try:
-            scores = model.score(rendered)
-        except Exception as error:  # whatever it is, it is these requests' answer and not the thread's end
-            fault = error
-        # Before the answers: a client that asks for metrics after its own finds its batch there.
-        self._note(len(rendered), tokens, time.perf_counter() - start)
-        self._crowded = len(batch) > 1
-        if isinstance(fault, NonFiniteError):
+            scores = iter(self._timed(model, rendered))
+        except NonFiniteError:
             self._score_alone([request for request, _ in batch])
-        elif fault is not None:
+        except Exception as error:  # whatever it is, it is these requests' answer and not the thread's end
             for request, _ in batch:
-                self._fail(request, fault)
+                self._fail(request, error)
         else:
-            left = iter(scores)
             for request, rows in batch:
-                request.scores += [next(left) for _ in rows]
+                request.scores += [next(scores) for _ in rows]
                 if len(request.scores) == len(request.rendered):
                     request.answer(request.scores)
+        self._crowded = len(batch) > 1
+
+    def _timed(self, model: Model, rendered: list[Rendered]) -> list[float]:
+        """Scores of a batch, noted before anybody is answered: who then asks for metrics finds it there."""
+        start = time.perf_counter()
+        try:
+            return model.score(rendered)
+        finally:
+            self._note(len(rendered), count_tokens(rendered), time.perf_counter() - start)
 
     def _score_alone(self, requests: list[_Request]) -> None:
         """Each request whole, so that the conversation at fault is named by its place in it and no other fails."""
