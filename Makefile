@@ -1,8 +1,8 @@
-# Five verbs. `make check` is what a change must pass.
+# The developer's verbs. `make check` is what a change must pass.
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint check
+.PHONY: install demo test test-fast lint check
 
 install: $(VENV)/.installed
 
@@ -17,9 +17,14 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# No slow and no gpu tests, one process per core, one thread each.
+test-fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' -n auto
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 check: lint test

@@ -1,4 +1,4 @@
-"""The page and the API: `python app.py` opens both; `runtime.serve` is the story."""
+"""Serve the page and the HTTP API: `python app.py`; same as `python -m runtime.serve`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What dequantizing a linear costs beside the product it is for: one JSON line a format and shape.
+"""Time dequantizing a linear's weight against the matrix product with it: one JSON line per format and shape.
 
-    python benchmarks/dequantize.py                          true shapes of the 72B and the demo's, on the CPU
+    python benchmarks/dequantize.py                          shapes of the 72B and the demo, on the CPU
     python benchmarks/dequantize.py --shapes demo --tokens 512 --device cuda:0
 
-`share` is the seconds of a dequantization over those of a bf16 product with that many tokens, measured in turn in one
-run, the best of each; `twin_share` the same for the plain twin. `gb_per_second` counts packed bytes read and bf16
-bytes written, `copy_gb_per_second` bytes read and written by a plain copy of the bf16 weight.
+`share` is the time of the dequantization divided by that of a bf16 product with `--tokens` tokens, both the best of
+alternating runs; `twin_share` is the same for the reference implementation. `gb_per_second` counts packed bytes read
+and bf16 bytes written, `copy_gb_per_second` bytes read and written by a copy of the bf16 weight.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime.devices import at_work  # noqa: E402
-from runtime.kernels import packed_weight  # noqa: E402
-from runtime.packing import dequantize_gptq, dequantize_int8, dequantize_nf4  # noqa: E402
-from runtime.quantization import Quantization  # noqa: E402
-from tests.packed import packed_tensors  # noqa: E402
+from runtime.checkpoints.quantization_config import QuantizationConfig  # noqa: E402
+from runtime.execution.devices import device_context  # noqa: E402
+from runtime.kernels.packed_weight import packed_weight  # noqa: E402
+from runtime.kernels.reference import dequantize_gptq, dequantize_int8, dequantize_nf4  # noqa: E402
+from tests.helpers.packed import packed_tensors  # noqa: E402
 
 SHAPES = {
     "72b": ((8192, 8192), (29568, 8192), (8192, 29568)),
@@ -48,10 +48,10 @@ def main() -> int:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each line (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="measuring time per line (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    with at_work(torch.device(arguments.device)):
+    with device_context(torch.device(arguments.device)):
         for size in arguments.shapes:
             for shape, kind in itertools.product(SHAPES[size], arguments.kinds):
                 tokens = arguments.tokens or TOKENS[size]
@@ -64,7 +64,7 @@ def main() -> int:
 def measure(
     kind: str, shape: tuple[int, int], group_size: int, tokens: int, device: str, seconds: float
 ) -> dict[str, Any]:
-    """Best times of one format and shape [N, K], in turn, for about `seconds`."""
+    """Best times for one format and shape [N, K], measured for about `seconds`."""
     quantization = quantization_of(kind, group_size)
     made = packed_tensors(shape, quantization, permuted="permuted" in kind)
     tensors = {suffix: tensor.to(device) for suffix, tensor in made.items()}
@@ -73,12 +73,12 @@ def measure(
     out = out.t() if weight.transposed else out
     dense = torch.randn(shape, device=device).bfloat16()
     other, x = torch.zeros_like(dense), torch.randn(tokens, shape[1], device=device).bfloat16()
-    weight.write(out)
+    weight.dequantize_into(out)
     assert torch.equal(out, twin(tensors, quantization, shape))
     best = best_of(
         {
             "product": lambda: torch.nn.functional.linear(x, dense),
-            "dequantize": lambda: weight.write(out),
+            "dequantize": lambda: weight.dequantize_into(out),
             "twin": lambda: twin(tensors, quantization, shape),
             "copy": lambda: other.copy_(dense),
         },
@@ -98,14 +98,14 @@ def measure(
     }
 
 
-def quantization_of(kind: str, group_size: int) -> Quantization:
+def quantization_of(kind: str, group_size: int) -> QuantizationConfig:
     if kind.startswith("gptq"):
-        return Quantization("gptq", int(kind[5]), group_size, sym=False)
-    return Quantization("nf4", 4) if kind == "nf4" else Quantization("int8", 8)
+        return QuantizationConfig("gptq", int(kind[5]), group_size, sym=False)
+    return QuantizationConfig("nf4", 4) if kind == "nf4" else QuantizationConfig("int8", 8)
 
 
-def twin(tensors: Mapping[str, torch.Tensor], quantization: Quantization, shape: tuple[int, int]) -> torch.Tensor:
-    """The weight in bf16 by the plain function."""
+def twin(tensors: Mapping[str, torch.Tensor], quantization: QuantizationConfig, shape: tuple[int, int]) -> torch.Tensor:
+    """The weight in bf16, by the reference implementation."""
     if quantization.method == "gptq":
         return dequantize_gptq(tensors, quantization.bits, torch.bfloat16)
     if quantization.method == "nf4":
@@ -114,7 +114,7 @@ def twin(tensors: Mapping[str, torch.Tensor], quantization: Quantization, shape:
 
 
 def best_of(actions: dict[str, Callable[[], Any]], seconds: float, device: torch.device) -> dict[str, float]:
-    """The least seconds of each action; all take turns, so that a busy machine slows all of them."""
+    """Minimum seconds of each action; actions alternate, so that other load on the machine affects all of them."""
     best = dict.fromkeys(actions, math.inf)
     end = time.perf_counter() + seconds
     while math.inf in best.values() or time.perf_counter() < end:

@@ -1,9 +1,9 @@
-"""A packed checkpoint with the 72B's shapes and random weights, written in about a minute: for load and placement.
+"""Write a GPTQ-4 checkpoint with the 72B's shapes and random weights, for load and placement benchmarks.
 
     python benchmarks/giant.py /tmp/giant --layers 80
 
-All blocks hold the same bytes under their own names, since only sizes matter here. Scales are such that activations
-neither die nor explode. The tokenizer is the tests' tiny one: score token ids, not text.
+This takes about a minute. All blocks hold the same values, since only sizes matter here. Scales keep activations in
+a normal range. The tokenizer is the tests' tiny one, so score token ids and not text.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime.architecture import BIASED_LINEARS, BLOCK_LINEARS, BLOCK_NORMS, Architecture, block_prefix  # noqa: E402
-from runtime.packing import pack_gptq  # noqa: E402
-from runtime.quantization import Quantization  # noqa: E402
-from tests.tiny import write_tokenizer  # noqa: E402
+from runtime.checkpoints.model_config import BIASED_LINEARS, BLOCK_LINEARS, BLOCK_NORMS, ModelConfig, block_prefix  # noqa: E402
+from runtime.checkpoints.quantization_config import QuantizationConfig  # noqa: E402
+from runtime.kernels.reference import pack_gptq  # noqa: E402
+from tests.helpers.tiny import write_tokenizer  # noqa: E402
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def giant_config(layers: int, divide: int = 1) -> dict:
-    """The 72B's `config.json`, narrower by `divide`."""
+    """The 72B's `config.json`, with widths divided by `divide`."""
     heads = 64 // min(divide, 8)
     return {
         "architectures": ["Qwen2ForRewardModel"],
@@ -59,15 +59,15 @@ def giant_config(layers: int, divide: int = 1) -> dict:
 
 
 def write_giant(directory: Path, layers: int, divide: int = 1) -> None:
-    """Write a GPTQ-4 checkpoint; group size 128, or 32 where widths are divided."""
+    """Write the checkpoint, with group size 128, or 32 if widths are divided."""
     whole, directory = directory, directory.with_name(f"{directory.name}.partial")
-    shutil.rmtree(directory, ignore_errors=True)  # of a run that was stopped
+    shutil.rmtree(directory, ignore_errors=True)  # from an interrupted run
     directory.mkdir(parents=True)
-    quantization = Quantization("gptq", 4, 128 if divide == 1 else 32)
+    quantization = QuantizationConfig("gptq", 4, 128 if divide == 1 else 32)
     config = giant_config(layers, divide)
-    architecture = Architecture.from_config(config)
+    model_config = ModelConfig.from_config(config)
     generator = torch.Generator().manual_seed(0)
-    block = random_block(architecture, quantization, generator)
+    block = random_block(model_config, quantization, generator)
     weight_map: dict[str, str] = {}
 
     def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -78,7 +78,7 @@ def write_giant(directory: Path, layers: int, divide: int = 1) -> None:
         save(f"block-{index:02}.safetensors", {block_prefix(index) + name: each for name, each in block.items()})
     outer = {
         name: torch.randn(shape, generator=generator).mul_(1.0 if "embed" in name else shape[-1] ** -0.5).bfloat16()
-        for name, shape in architecture.outer_shapes().items()
+        for name, shape in model_config.non_block_shapes().items()
     }
     outer["model.norm.weight"].fill_(1)
     save("outer.safetensors", outer)
@@ -90,16 +90,16 @@ def write_giant(directory: Path, layers: int, divide: int = 1) -> None:
 
 
 def random_block(
-    architecture: Architecture, quantization: Quantization, generator: torch.Generator
+    model_config: ModelConfig, quantization: QuantizationConfig, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one packed block, named without their prefix."""
-    tensors = {name: torch.ones(architecture.hidden_size).bfloat16() for name in BLOCK_NORMS}
+    """The tensors of one packed block, named without the `model.layers.N.` prefix."""
+    tensors = {name: torch.ones(model_config.hidden_size).bfloat16() for name in BLOCK_NORMS}
     for name in BLOCK_LINEARS:
-        out_features, in_features = architecture.linear_shape(name)
-        groups = quantization.groups(in_features)
+        out_features, in_features = model_config.linear_shape(name)
+        num_groups = quantization.num_groups(in_features)
         codes = torch.randint(0, 16, (in_features, out_features), dtype=torch.uint8, generator=generator)
-        zeros = torch.full((groups, out_features), 8, dtype=torch.uint8)
-        scales = torch.full((groups, out_features), 0.2 * in_features**-0.5, dtype=torch.float16)
+        zeros = torch.full((num_groups, out_features), 8, dtype=torch.uint8)
+        scales = torch.full((num_groups, out_features), 0.2 * in_features**-0.5, dtype=torch.float16)
         g_idx = torch.arange(in_features) // quantization.group_size
         packed = pack_gptq(codes, zeros, scales, g_idx, 4)
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}

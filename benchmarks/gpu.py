@@ -1,15 +1,20 @@
-"""Everything there is to measure on a GPU, in one command: one JSON line a figure, within ten minutes.
+"""Run all GPU benchmarks with one command: one JSON line per figure, within ten minutes.
 
-    python benchmarks/gpu.py --work /tmp/gpu     on a CUDA machine: true shapes of the 72B, 45 GB of disk
-    python benchmarks/gpu.py --toy               anywhere, on the CPU, shapes a 32nd as wide and a few blocks
-    python benchmarks/gpu.py --device cpu --only peak forward --tokens 2048      true shapes where there is no GPU
+    python benchmarks/gpu.py --work /tmp/gpu     CUDA machine: true shapes of the 72B, 45 GB of disk
+    python benchmarks/gpu.py --toy               any machine: on the CPU, 1/32 of the width, a few blocks
+    python benchmarks/gpu.py --device cpu --only peak forward --tokens 2048      true shapes without a GPU
 
-In order: the matmul peak; every dequantization against its plain twin, and its bandwidth against a copy's; fp8 products
-and flash attention against the plain ones; one block scoring packed conversations, 16-bit, GPTQ-4, the same in fp8, and
-NF4, as tokens a second and share of the bf16 peak; one block quantized, seconds by stage; then a whole packed model
-from disk: load, memory, tokens a second on pairs of mixed length, one comparison's latency, the same in fp8, and the
-same streamed within a budget. Weights are random and made here, so it needs nothing but torch and this repository. A
-figure that fails says so in its line, and the rest goes on; the exit status then is 1.
+Figures, in this order (`--only` selects):
+
+    peak       FLOP/s of a large bf16 matrix product
+    kernels    every dequantization and fp8 products: equality with the reference, bandwidth
+    attention  difference between bf16 attention on the device and fp32 attention on the CPU
+    forward    tokens/s of one block, 16-bit, GPTQ-4, GPTQ-4 in fp8 and NF4, and the share of the peak
+    quantize   seconds per stage of quantizing one block
+    model      a whole GPTQ-4 model: load time, memory, tokens/s, latency of a comparison; also in fp8 and streamed
+
+Weights are random and generated here. If a figure fails, its line has the error, the others still run, and the exit
+status is 1.
 """
 
 from __future__ import annotations
@@ -37,21 +42,18 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.block_stages import stage_seconds  # noqa: E402
 from benchmarks.dequantize import KINDS, measure  # noqa: E402
 from benchmarks.giant import giant_config, write_giant  # noqa: E402
-from quantize.plan import Load, Plan  # noqa: E402
-from quantize.settings import GPTQSettings  # noqa: E402
-from runtime.architecture import BLOCK_LINEARS, BLOCK_NORMS, Architecture  # noqa: E402
-from runtime.attention import causal_attention  # noqa: E402
-from runtime.batching import pack  # noqa: E402
-from runtime.chat import Rendered  # noqa: E402
-from runtime.devices import at_work  # noqa: E402
-from runtime.float8 import E4M3, in_float8, multiply_plainly, round_rows  # noqa: E402
-from runtime.linear import DenseLinear, make_linear  # noqa: E402
-from runtime.machine import matmul_rate  # noqa: E402
-from runtime.numerics import BFLOAT16, FLOAT8  # noqa: E402
-from runtime.quantization import Quantization  # noqa: E402
-from runtime.qwen2 import Block, Rotary  # noqa: E402
+from benchmarks.random_block import RandomBlock  # noqa: E402
+from quantize.job.plan import QuantizationPlan, TokenCounts  # noqa: E402
+from quantize.solver.settings import GPTQSettings  # noqa: E402
+from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig  # noqa: E402
+from runtime.checkpoints.quantization_config import QuantizationConfig  # noqa: E402
+from runtime.conversations.rendering import RenderedConversation  # noqa: E402
+from runtime.execution.devices import device_context, matmul_rate  # noqa: E402
+from runtime.modeling.attention import causal_attention  # noqa: E402
+from runtime.modeling.fp8 import E4M3, make_float8_linear, quantize_rows, scaled_mm_reference  # noqa: E402
+from runtime.modeling.packed_batch import pack_batches  # noqa: E402
+from runtime.modeling.qwen2 import Block  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
-from tests.packed import packed_tensors  # noqa: E402
 
 FIGURES = ("peak", "kernels", "attention", "forward", "quantize", "model")
 SEQUENCE = 512  # tokens of each random conversation
@@ -59,19 +61,21 @@ SEQUENCE = 512  # tokens of each random conversation
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toy", action="store_true", help="small shapes on the CPU, to see that everything runs")
+    parser.add_argument("--toy", action="store_true", help="small shapes on the CPU, to check that everything runs")
     parser.add_argument("--work", type=Path, help="directory for the whole model (default: a temporary one)")
     parser.add_argument("--device", help="default: cuda:0, with --toy cpu")
-    parser.add_argument("--only", nargs="+", choices=FIGURES, default=FIGURES, metavar="NAME", help="of the figures")
-    parser.add_argument("--tokens", type=int, nargs="+", help=f"multiples of {SEQUENCE} that one block scores at once")
+    parser.add_argument(
+        "--only", nargs="+", choices=FIGURES, default=FIGURES, metavar="NAME", help="figures to run (default: all)"
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"batch sizes of `forward`, multiples of {SEQUENCE}")
     arguments = parser.parse_args()
     device = arguments.device or ("cpu" if arguments.toy else "cuda:0")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"{device}: torch can use no CUDA device here; try --toy, or --device cpu")
+        parser.error(f"--device is {device}; torch finds no CUDA device here, try --toy or --device cpu")
     if any(tokens % SEQUENCE for tokens in arguments.tokens or []):
-        parser.error(f"--tokens is {arguments.tokens}; multiples of {SEQUENCE} were expected")
+        parser.error(f"--tokens is {arguments.tokens}; each must be a multiple of {SEQUENCE}")
     bench = Bench(device, divide=32 if arguments.toy else 1, work=arguments.work, sizes=arguments.tokens)
-    with at_work(torch.device(device)):
+    with device_context(torch.device(device)):
         for figure in FIGURES:
             if figure in arguments.only:
                 bench.attempt(figure, getattr(bench, figure))
@@ -79,17 +83,17 @@ def main() -> int:
 
 
 class Bench:
-    """One device, one block of one size."""
+    """The figures, on one device and for one model size."""
 
     def __init__(self, device: str, divide: int, work: Path | None, sizes: list[int] | None = None):
         self.device = device
         heads = 64 // min(divide, 8)
         hidden, inner = 8192 // divide, 29568 // divide // 32 * 32
-        self.architecture = Architecture(
+        self.model_config = ModelConfig(
             hidden, inner, 1, heads, heads // 8, hidden // heads, 1000, 32768, 1e-6, 1e6, torch.bfloat16
         )
         self.group_size = 128 if divide == 1 else 32
-        self.quantization = Quantization("gptq", 4, self.group_size)
+        self.quantization = QuantizationConfig("gptq", 4, self.group_size)
         self.sizes = sizes or ([1024, 4096, 16384] if divide == 1 else [512])
         self.calibration_tokens = 262_144 if divide == 1 else 1024
         self.divide, self.work = divide, work
@@ -97,50 +101,50 @@ class Bench:
         self.vocabulary = giant_config(1, divide)["vocab_size"]
         self.streamed: dict[str, Any] = {"memory": {device: "20GiB"}} if divide == 1 else {"stream": True}
         self.seconds = 2.0 if divide == 1 else 0.2
-        self.generator = torch.Generator(device).manual_seed(0)
+        self.random_block = RandomBlock(self.model_config, self.quantization, device)
         self.failed = False
 
     def attempt(self, what: str, figure: Callable[[], Any]) -> Any:
-        """What `figure` returns; None, and a line that says why, where it fails."""
+        """Return what `figure` returns; if it fails, print a line with the error and return None."""
         try:
             return figure()
-        except Exception as error:  # whatever it is, the other figures are still wanted
+        except Exception as error:  # of any kind: the other figures must still run
             self.failed = True
             traceback.print_exc()
             say(what, failed=f"{type(error).__name__}: {error}")
-        gc.collect()  # what the failure held on the device
+        gc.collect()  # free what the failed figure held on the device
         return None
 
     @cached_property
     def rate(self) -> float:
-        """Operations a second of the machine's bf16 matrix product."""
+        """FLOP/s of a large bf16 matrix product."""
         return matmul_rate(torch.bfloat16, self.device, 1.0)
 
     def peak(self) -> None:
-        """The machine's bf16 matrix product."""
+        """Print the matmul rate."""
         say("matmul_peak", tflops=round(self.rate / 1e12, 1), device=self.name())
 
     def kernels(self) -> None:
-        """Every format's weights against the plain twin's, and the bandwidth of writing them."""
+        """Every format's dequantization compared with the reference, and its bandwidth."""
         for kind in KINDS:
             self.attempt(f"dequantize {kind}", partial(self.kernel, kind))
         self.attempt("float8", self.float8)
 
     def kernel(self, kind: str) -> None:
-        shape = self.architecture.linear_shape("mlp.up_proj")
+        shape = self.model_config.linear_shape("mlp.up_proj")
         say("dequantize", kind=kind, **measure(kind, shape, self.group_size, 2048, self.device, self.seconds))
 
     def float8(self) -> None:
-        """The device's fp8 weights and products against the plain ones, as shares of the largest; and its bandwidth."""
-        packed = self.linear("self_attn.q_proj", "gptq-4")
-        linear, plain = in_float8(packed), in_float8(replace(packed, tensors=to_cpu(packed.tensors)))
+        """fp8 weights and products compared with the reference, and the bandwidth."""
+        packed = self.random_block.linear("self_attn.q_proj", "gptq-4")
+        linear, plain = make_float8_linear(packed), make_float8_linear(replace(packed, tensors=to_cpu(packed.tensors)))
         out = torch.empty(linear.shape, dtype=E4M3, device=self.device)
-        codes = plain.scaled.weight(E4M3).float()
-        same = torch.equal(linear.scaled.weight(E4M3, out).cpu().float(), codes)
-        x = torch.randn(512, linear.shape[1], device=self.device, generator=self.generator).bfloat16()
-        expected = multiply_plainly(*map(torch.Tensor.cpu, round_rows(x)), codes.to(E4M3), plain.units)
+        codes = plain.scaled_linear.weight(E4M3).float()
+        same = torch.equal(linear.scaled_linear.weight(E4M3, out).cpu().float(), codes)
+        x = torch.randn(512, linear.shape[1], device=self.device, generator=self.random_block.generator).bfloat16()
+        expected = scaled_mm_reference(*map(torch.Tensor.cpu, quantize_rows(x)), codes.to(E4M3), plain.row_scales)
         difference = (linear(x).cpu() - expected).abs().max() / expected.abs().max()
-        seconds = self.timed(lambda: linear.scaled.weight(E4M3, out), 20)
+        seconds = self.timed(lambda: linear.scaled_linear.weight(E4M3, out), 20)
         written = sum(each.numel() * each.dtype.itemsize for each in (*packed.tensors.values(), out))
         say(
             "float8",
@@ -150,34 +154,34 @@ class Bench:
         )
 
     def attention(self) -> None:
-        """Shared prefixes and odd lengths, in bf16 on the device against fp32 on the CPU."""
+        """bf16 attention on the device compared with fp32 on the CPU, with shared prefixes and odd lengths."""
         lengths = ((300, 90), (300, 777), (0, 33))
-        rows = [Rendered([*range(shared), *range(400, 400 + own)], 0) for shared, own in lengths]
-        (batch,) = pack(rows, 10_000)
-        heads, kv_heads = self.architecture.num_attention_heads, self.architecture.num_key_value_heads
+        rows = [RenderedConversation([*range(shared), *range(400, 400 + own)], 0) for shared, own in lengths]
+        (batch,) = pack_batches(rows, 10_000)
+        heads, kv_heads = self.model_config.num_attention_heads, self.model_config.num_key_value_heads
         tensors = [
-            torch.randn(batch.tokens, n, self.architecture.head_dim).bfloat16() for n in (heads, kv_heads, kv_heads)
+            torch.randn(batch.tokens, n, self.model_config.head_dim).bfloat16() for n in (heads, kv_heads, kv_heads)
         ]
         plain = causal_attention(*(each.float() for each in tensors), batch.segments)
         there = causal_attention(*(each.to(self.device) for each in tensors), batch.segments).cpu().float()
         say("attention", largest_difference=round(float((there - plain).abs().max()), 5))
 
     def forward(self) -> None:
-        """Tokens a second through one block, and the share of the peak that its products reach.
+        """Tokens/s of one block, and the FLOP/s of its products as a share of the peak.
 
-        `share_of_products` is of the rate that plain bf16 products of the same shapes reach.
+        `share_of_products` is relative to dense bf16 products of the same shapes.
         """
         plain = {tokens: self.attempt(f"products of {tokens}", partial(self.products, tokens)) for tokens in self.sizes}
         for kind in ("16-bit", "gptq-4", "gptq-4 fp8", "nf4"):
-            block = self.attempt(f"block {kind}", partial(self.block, kind))
+            block = self.attempt(f"block {kind}", partial(self.random_block.block, kind, SEQUENCE))
             for tokens in self.sizes if block else []:
                 what = f"block_forward {kind} {tokens}"
                 self.attempt(what, partial(self.forward_once, kind, block, tokens, plain[tokens]))
 
     def forward_once(self, kind: str, block: Block, tokens: int, plain: float | None) -> None:
-        rows = [Rendered([0] * SEQUENCE, SEQUENCE - 1)] * (tokens // SEQUENCE)
-        batch = pack(rows, tokens, share=False)[0].to(self.device)
-        hidden = torch.randn(tokens, self.architecture.hidden_size, device=self.device)
+        rows = [RenderedConversation([0] * SEQUENCE, SEQUENCE - 1)] * (tokens // SEQUENCE)
+        batch = pack_batches(rows, tokens, share_prefixes=False)[0].to(self.device)
+        hidden = torch.randn(tokens, self.model_config.hidden_size, device=self.device)
         seconds = self.timed(lambda: block(hidden, batch))
         share = 2 * self.plan(tokens).block_weights * tokens / seconds / self.rate
         say(
@@ -190,18 +194,19 @@ class Bench:
         )
 
     def products(self, tokens: int) -> float:
-        """Seconds of a block's products alone, as torch does them."""
+        """Seconds of a block's products alone, as dense bf16 products in torch."""
         pairs = [
             (torch.randn(tokens, weight.shape[1], device=self.device).bfloat16(), weight)
-            for weight in map(self.weight, BLOCK_LINEARS)
+            for weight in map(self.random_block.weight, BLOCK_LINEARS)
         ]
         return self.timed(lambda: [torch.nn.functional.linear(x, weight) for x, weight in pairs])
 
     def quantize(self) -> None:
-        """Every stage of quantizing one block but for the two streams, and 80 blocks of that."""
-        self.peak_memory()  # what was before is not of this figure
+        """Seconds per stage of quantizing one block, without the two forward passes; extrapolated to 80 blocks."""
+        self.peak_memory()  # reset the peak
+        model, block = self.model_config, self.random_block
         stages = stage_seconds(
-            self.architecture, self.group_size, self.calibration_tokens, self.generator, self.weight, self.once
+            model, self.group_size, self.calibration_tokens, block.generator, block.weight, self.once
         )
         say(
             "quantize_block",
@@ -212,7 +217,7 @@ class Bench:
         )
 
     def model(self) -> None:
-        """A whole packed model from disk, resident and streamed."""
+        """A whole GPTQ-4 model from disk: resident, resident in fp8, and streamed."""
         if self.work:
             self.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.work) as directory:
@@ -228,9 +233,9 @@ class Bench:
             if rates["resident"] and rates["streamed"]:
                 say("streamed_against_resident", share=round(rates["streamed"] / rates["resident"], 3))
 
-    def score(self, model: Path, placement: str, rows: list[Rendered], options: dict[str, Any]) -> float:
-        """Tokens a second of one placement, and what else there is to say of it."""
-        gc.collect()  # the model before, so that this one's memory is its own
+    def score(self, model: Path, placement: str, rows: list[RenderedConversation], options: dict[str, Any]) -> float:
+        """Print load time, latency, tokens/s and memory of one placement; return tokens/s."""
+        gc.collect()  # free the previous model, so that the peak is this model's
         self.peak_memory()
         loaded: list[Scorer] = []
         seconds = self.once(lambda: loaded.append(Scorer.from_pretrained(model, devices=self.device, **options)))
@@ -244,7 +249,7 @@ class Bench:
         )
         scorer.score_rendered(rows[:2])
         latency = self.timed(lambda: scorer.score_rendered(rows[:2]), 3)
-        tokens = sum(batch.tokens for batch in pack(rows, scorer.token_budget))
+        tokens = sum(batch.tokens for batch in pack_batches(rows, scorer.token_budget))
         rate = tokens / self.timed(lambda: scorer.score_rendered(rows), 1, warm=1)
         say(
             "model_forward",
@@ -256,8 +261,8 @@ class Bench:
         )
         return rate
 
-    def mixed_pairs(self, count: int) -> list[Rendered]:
-        """Two responses to each of `count` prompts, all of random lengths and tokens."""
+    def mixed_pairs(self, count: int) -> list[RenderedConversation]:
+        """Two responses to each of `count` prompts, with random lengths and tokens."""
         draw = random.Random(0)
 
         def tokens(least: int, most: int) -> list[int]:
@@ -267,42 +272,16 @@ class Bench:
         for _ in range(count):
             prompt = tokens(20, 600)
             rows += [[*prompt, *tokens(20, 900)] for _ in range(2)]
-        return [Rendered(row, len(row) - 1) for row in rows]
+        return [RenderedConversation(row, len(row) - 1) for row in rows]
 
-    def block(self, kind: str) -> Block:
-        """A block of random weights."""
-        linears = {name: self.linear(name, kind) for name in BLOCK_LINEARS}
-        norms = {name: torch.ones(self.architecture.hidden_size, device=self.device) for name in BLOCK_NORMS}
-        numerics = FLOAT8 if kind.endswith("fp8") else BFLOAT16
-        block = Block(self.architecture, norms, linears, Rotary(self.architecture, SEQUENCE, self.device), numerics)
-        block.stack()
-        if numerics.float8:
-            block.to_float8()
-        return block
-
-    def linear(self, name: str, kind: str) -> Any:
-        if kind == "16-bit":
-            return DenseLinear(self.weight(name))
-        shape = self.architecture.linear_shape(name)
-        quantization = Quantization("nf4", 4) if kind == "nf4" else self.quantization
-        tensors = {suffix: each.to(self.device) for suffix, each in packed_tensors(shape, quantization).items()}
-        if "scales" in tensors:
-            tensors["scales"] = torch.full_like(tensors["scales"], 0.2 * shape[1] ** -0.5)
-        return make_linear(tensors, quantization, shape)
-
-    def weight(self, name: str) -> torch.Tensor:
-        out_features, in_features = self.architecture.linear_shape(name)
-        weight = torch.randn(out_features, in_features, device=self.device, generator=self.generator)
-        return (weight * in_features**-0.5).bfloat16()
-
-    def plan(self, tokens: int) -> Plan:
-        return Plan(
-            self.architecture,
+    def plan(self, tokens: int) -> QuantizationPlan:
+        return QuantizationPlan(
+            self.model_config,
             self.quantization,
-            Load(tokens, 0, tokens),
+            TokenCounts(tokens, 0, tokens),
             calibrated=True,
             correction=True,
-            refine_passes=GPTQSettings().refine_passes,
+            descent_passes=GPTQSettings().descent_passes,
             matmul_bytes=2,
             prefetch=False,
             device=self.device,
@@ -327,7 +306,7 @@ class Bench:
         return "cpu" if self.device == "cpu" else torch.cuda.get_device_name()
 
     def peak_memory(self) -> float | None:
-        """The most since the last asking, in GiB."""
+        """Peak GPU memory since the previous call, in GiB."""
         if self.device == "cpu":
             return None
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -336,12 +315,12 @@ class Bench:
 
 
 def to_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same on the CPU."""
+    """Copy tensors to the CPU."""
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def say(figure: str, **values: Any) -> None:
-    """One JSON line, at once."""
+    """Print one JSON line and flush it."""
     print(json.dumps({"figure": figure, **values}), flush=True)
 
 

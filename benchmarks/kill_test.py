@@ -1,15 +1,15 @@
-"""Kill a quantization at random moments, resume it each time, and compare with a run that nobody disturbed.
+"""Kill a quantization at random times, resume it each time, and compare the output with an uninterrupted run.
 
-One undisturbed run is timed. Then the same command is started again and again with --resume and killed with
-SIGKILL a random time after it took the job up, until the kills are used up; whenever a run gets through before
-its kill, it is compared and another one begun. Every file outside job/ must have the bytes of the undisturbed run's.
+One uninterrupted run is timed. Then the same command is run with --resume and killed with SIGKILL at a random time
+after it opened its job, until --kills kills are done. When a run finishes before its kill, its output is compared and a
+new run is started. Every file outside job/ must be byte-identical to the uninterrupted run's.
 
     python benchmarks/kill_test.py                                       20 kills of the embedded demo
     python benchmarks/kill_test.py --kills 5 --model DIR -- --bits 8     more arguments of quantize/run.py after --
-    python benchmarks/kill_test.py --seed 7 --work /tmp/kills            other moments; keep the directories
+    python benchmarks/kill_test.py --seed 7 --work /tmp/kills            other kill times; keep the directories
 
-Prints a line a kill and ends with one JSON line; the exit status is 1 when any byte differs. A kill is not a
-power cut: what a process wrote survives it, synced or not.
+Prints one line per kill and a final JSON line; the exit status is 1 if any byte differs. A kill does not simulate a
+power cut: data that a process wrote survives a kill even if it was not synced.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> int:
     work = arguments.work or Path(tempfile.mkdtemp(prefix="kill-test-"))
     work.mkdir(parents=True, exist_ok=True)
     if any(work.iterdir()):
-        sys.exit(f"{work} is not empty; name another --work.")
+        sys.exit(f"--work is {work}, which is not empty; choose an empty directory.")
     command = [sys.executable, str(ROOT / "quantize" / "run.py"), "--model", arguments.model, *arguments.extra]
     try:
         result = measure(command, work, arguments.kills, random.Random(arguments.seed))
@@ -48,16 +48,16 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="what to quantize: a directory, a hub id or `demo` (default)")
-    parser.add_argument("--kills", type=int, default=20, help="how many (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="decides when (default %(default)s)")
+    parser.add_argument("--model", default="demo", help="a directory, a hub id or `demo` (default)")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times (default %(default)s)")
     parser.add_argument("--work", type=Path, help="directory for the outputs, kept (default: a temporary one)")
     parser.add_argument("extra", nargs="*", help="further arguments of quantize/run.py, after --")
     return parser.parse_args()
 
 
 def measure(command: list[str], work: Path, kills: int, draw: random.Random) -> dict[str, Any]:
-    """Make the undisturbed run, then the disturbed ones; figures for the JSON line."""
+    """Do the uninterrupted run, then the killed ones; return the fields of the JSON line."""
     start = time.perf_counter()
     process = start_process(command, work / "undisturbed")
     wait_for_job(process, work / "undisturbed")
@@ -74,7 +74,7 @@ def measure(command: list[str], work: Path, kills: int, draw: random.Random) -> 
         output = work / f"disturbed-{runs}"
         while True:
             left = kills - delivered
-            # On the average, the kills that are left spread over one run.
+            # On average, the remaining kills are spread over one run.
             pause = draw.uniform(0, 2 * seconds / left) if left else None
             moment = run_and_kill(command, output, pause)
             if moment is None:
@@ -85,7 +85,7 @@ def measure(command: list[str], work: Path, kills: int, draw: random.Random) -> 
         runs += 1
         found = digests(output)
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        say(f"run {runs} is through: {f'{len(wrong)} files differ: {wrong}' if wrong else 'identical'}")
+        say(f"run {runs} finished: {f'{len(wrong)} files differ: {wrong}' if wrong else 'identical'}")
         differing.update(wrong)
     return {
         "kills": delivered, "runs": runs, "identical": not differing, "differing": sorted(differing),
@@ -95,7 +95,7 @@ def measure(command: list[str], work: Path, kills: int, draw: random.Random) -> 
 
 
 def run_and_kill(command: list[str], output: Path, pause: float | None) -> str | None:
-    """Work for `pause` seconds (to the end without one); the moment it was killed at, None if it got through."""
+    """Kill a run `pause` seconds after it opened its job; return what it was doing, or None if it finished."""
     process = start_process(command, output)
     wait_for_job(process, output)
     try:
@@ -114,7 +114,7 @@ def start_process(command: list[str], output: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for_job(process: subprocess.Popen[bytes], output: Path) -> None:
-    """Until the process has taken the job up, which rewrites its state, or has ended."""
+    """Wait until the process has opened its job, which rewrites job.json, or has ended."""
     state, begun = output / "job" / "job.json", time.time()
     while process.poll() is None and not (state.exists() and state.stat().st_mtime >= begun):
         time.sleep(0.005)
@@ -127,7 +127,7 @@ def refuse_failure(process: subprocess.Popen[bytes]) -> None:
 
 
 def describe(output: Path) -> str:
-    """What the kill interrupted, from what it left."""
+    """What the kill interrupted, judged from the files that it left."""
     state_file = output / "job" / "job.json"
     if not state_file.exists():
         return "before the job"
@@ -142,7 +142,7 @@ def describe(output: Path) -> str:
 
 
 def digests(output: Path) -> dict[str, str]:
-    """sha256 of every file outside job/, and of what a job leaves there only while it is under way."""
+    """sha256 of every file outside job/, and of files in job/ that a finished job must not leave behind."""
     found = {}
     for path in sorted(output.rglob("*")):
         name = path.relative_to(output).as_posix()

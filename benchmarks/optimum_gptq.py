@@ -1,11 +1,10 @@
-"""The peer: quantize a reward model with gptqmodel, through optimum's quantizer and on given rows.
+"""Quantize a reward model with gptqmodel through optimum, for `peer_gptqmodel.py`.
 
     python benchmarks/optimum_gptq.py MODEL ROWS.json OUTPUT --bits 4 --group-size 128
 
-ROWS.json is a list of lists of token ids. `peer_gptqmodel.py` runs this as a process of its own. Of optimum's
-settings only those given here differ from its defaults; gptqmodel's own interface cannot be used, since it takes
-every Qwen2 for a language model and drops the score head. The last line printed is JSON: seconds by stage, and
-the loss that gptqmodel reports for each linear.
+ROWS.json is a list of lists of token ids. Settings that are not options here keep optimum's defaults. gptqmodel's own
+interface cannot be used, since it loads every Qwen2 as a language model and drops the score head. The last output line
+is JSON: seconds per stage, and the loss that gptqmodel reports for each linear.
 """
 
 from __future__ import annotations
@@ -17,25 +16,28 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # spares a C++ build at first use
+os.environ.setdefault("GPTQMODEL_DISABLE_PACK_EXT", "1")  # avoids a C++ build at first use
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", os.environ.get("OMP_NUM_THREADS", "2"))
 
 import torch
-from optimum.gptq import GPTQQuantizer
-from optimum.gptq import quantizer as optimum_quantizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime.hf_model import Qwen2ForRewardModel  # noqa: E402
-from runtime.memory import peak_memory  # noqa: E402
-from runtime.quantization import BLOCK_LINEAR_GROUPS, Quantization  # noqa: E402
+from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS, QuantizationConfig  # noqa: E402
+from runtime.checkpoints.transformers_model import Qwen2ForRewardModel  # noqa: E402
+from runtime.common.process_memory import peak_memory  # noqa: E402
+
+if TYPE_CHECKING:
+    from optimum.gptq import GPTQQuantizer
 
 
 def main() -> int:
     arguments = parse()
+    from optimum.gptq import GPTQQuantizer  # after `parse`, so that --help works without optimum
+
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     model = Qwen2ForRewardModel.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
@@ -63,12 +65,12 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("model", type=Path, help="checkpoint directory")
+    parser.add_argument("rows", type=Path, help="JSON file of token id lists")
+    parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--damp-percent", type=float, help="default: optimum's own")
+    parser.add_argument("--damp-percent", type=float, help="default: optimum's, 0.1")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser.parse_args()
 
@@ -79,7 +81,9 @@ def read_rows(path: Path) -> list[dict[str, list[list[int]]]]:
 
 
 def record_losses() -> list[float]:
-    """The average loss of every linear from here on, in the order of quantization."""
+    """Patch optimum to append the average loss of every linear to the returned list, in order of quantization."""
+    from optimum.gptq import quantizer as optimum_quantizer
+
     losses: list[float] = []
 
     class Recording(optimum_quantizer.GPTQ):
@@ -93,16 +97,16 @@ def record_losses() -> list[float]:
 
 
 def save(quantizer: GPTQQuantizer, model: Qwen2ForRewardModel, arguments: argparse.Namespace) -> None:
-    """Write a directory that says what it holds: optimum labels its v1 weights gptq_v2."""
+    """Write the checkpoint with a correct quantization_config; optimum labels its v1 weights gptq_v2."""
     config = json.loads((arguments.model / "config.json").read_text())
     stored = getattr(torch, config.get("torch_dtype") or config["dtype"])
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(stored)  # embedding, norms, head: as they were
+        parameter.data = parameter.data.to(stored)  # embedding, norms and head keep their stored dtype
     quantizer.save(model, str(arguments.output))
     for file in arguments.model.iterdir():
         if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and file.is_file():
             shutil.copy(file, arguments.output)
-    layout = Quantization(method="gptq", bits=arguments.bits, group_size=arguments.group_size)
+    layout = QuantizationConfig(method="gptq", bits=arguments.bits, group_size=arguments.group_size)
     config["quantization_config"] = layout.to_config() | {"damp_percent": quantizer.damp_percent}
     (arguments.output / "config.json").write_text(json.dumps(config, indent=2))
     (arguments.output / "quantize_config.json").unlink(missing_ok=True)

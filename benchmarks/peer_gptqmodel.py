@@ -1,14 +1,16 @@
-"""Our GPTQ against gptqmodel's, through optimum, and other peers: same model, rows, bits and group size.
+"""Compare our GPTQ with gptqmodel's (through optimum) and AutoRound: same model, rows, bits and group size.
 
     python benchmarks/peer_gptqmodel.py --work /tmp/peer --pairs pairs.jsonl.gz --count 500 --json result.json
 
-Each quantizes the same token ids in a process of its own, with as many threads. Ours is the ordinary command: besides
-quantizing it computes the reference and noise-floor streams and writes a report, all of which is in its time.
-Compared are wall time, CPU time and peak memory of the processes; the relative output error of every linear on held-out
-conversations, on inputs of the unquantized model, so that all answer the same question; and the scores on held-out
-pairs, computed by the kit for all, ours with and without its repair of the head. Without --pairs the bundled pairs that
-are not calibrated on are used. Finished quantizations are kept in --work and reused. Needs the `interop` extra, and for
---peers auto-round that package.
+Each quantizes the same token ids in its own process, with the same number of threads. Ours runs `quantize/run.py`,
+whose time includes the reference and noise-floor hidden states and the report. Compared are:
+
+- wall time, CPU time and peak memory of the processes;
+- the relative output error of every linear on held-out conversations, with the unquantized model's inputs for all;
+- scores on held-out pairs, all computed by worldpm-kit; ours with and without head recalibration.
+
+Without --pairs, the bundled pairs outside the calibration set are used. Finished quantizations are kept in --work and
+reused. Needs the `interop` extra, and the package auto-round for --peers auto-round.
 """
 
 from __future__ import annotations
@@ -36,24 +38,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.variants import draw_pairs, slug  # noqa: E402
-from calibration.conversations import load_rows  # noqa: E402
 from calibration.sampling import Sample, sample  # noqa: E402
-from quantize.settings import usable_group_size  # noqa: E402
-from runtime.architecture import BLOCK_LINEARS, HEAD_TENSORS  # noqa: E402
-from runtime.batching import pack  # noqa: E402
-from runtime.chat import Rendered, Renderer  # noqa: E402
-from runtime.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from runtime.figures import measure_figures  # noqa: E402
-from runtime.numerics import FLOAT32  # noqa: E402
-from runtime.quantization import BLOCK_LINEAR_GROUPS  # noqa: E402
-from runtime.qwen2 import Block, Rotary  # noqa: E402
+from calibration.sources import load_rows  # noqa: E402
+from quantize.solver.settings import usable_group_size  # noqa: E402
+from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from runtime.checkpoints.model_config import BLOCK_LINEARS, HEAD_TENSORS  # noqa: E402
+from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS  # noqa: E402
+from runtime.conversations.rendering import RenderedConversation, Renderer  # noqa: E402
+from runtime.evaluation.metrics import measure_metrics  # noqa: E402
+from runtime.execution.block_loading import read_head  # noqa: E402
+from runtime.modeling.packed_batch import pack_batches  # noqa: E402
+from runtime.modeling.precision import FLOAT32  # noqa: E402
+from runtime.modeling.qwen2 import Block, RotaryEmbedding  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
-from runtime.sweep import read_head  # noqa: E402
 
 OURS = "worldpm-kit"
 PEERS = {
     "gptqmodel": ["optimum_gptq.py"],
-    "gptqmodel, damp 0.01": ["optimum_gptq.py", "--damp-percent", "0.01"],  # ours; optimum's is 0.1
+    "gptqmodel, damp 0.01": ["optimum_gptq.py", "--damp-percent", "0.01"],  # our default; optimum's is 0.1
     "auto-round": ["autoround_gptq.py"],
     "auto-round, 50 steps": ["autoround_gptq.py", "--iterations", "50"],
 }
@@ -64,8 +66,11 @@ def main() -> int:
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = open_checkpoint(arguments.model)
     drawn = draw_sample(model, arguments)
-    pairs = draw_pairs(arguments) if arguments.pairs else both_sides(drawn)
-    widths = [model.architecture.linear_shape(name)[1] for name in BLOCK_LINEARS]
+    if arguments.pairs:
+        pairs = draw_pairs(arguments.model, arguments.pairs, arguments.count, arguments.max_tokens, arguments.seed)
+    else:
+        pairs = both_sides(drawn)
+    widths = [model.model_config.linear_shape(name)[1] for name in BLOCK_LINEARS]
     group_size, _ = usable_group_size(arguments.group_size, widths)
 
     commands = {OURS: our_command(model, group_size, arguments)}
@@ -104,27 +109,38 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--rows", type=int, default=64, help="calibration conversations (default %(default)s)")
     parser.add_argument("--calibration", help="pairs to calibrate on (default: the bundled ones)")
-    parser.add_argument("--calibration-tokens", type=int, help="leave out longer calibration rows")
-    parser.add_argument("--pairs", help="held-out pairs to score, TRL's formats (default: bundled ones)")
-    parser.add_argument("--count", type=int, default=500, help="how many of them")
-    parser.add_argument("--max-tokens", type=int, default=256, help="leave out longer ones of --pairs")
-    parser.add_argument("--loss-rows", type=int, default=32, help="held-out conversations for layer losses")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, metavar="NAME", default=["gptqmodel"])
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process (default %(default)s)")
+    parser.add_argument("--calibration-tokens", type=int, help="skip longer calibration rows")
+    parser.add_argument("--pairs", help="held-out pairs in a TRL format (default: bundled ones)")
+    parser.add_argument("--count", type=int, default=500, help="number of held-out pairs (default %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, help="skip longer conversations of --pairs (default %(default)s)"
+    )
+    parser.add_argument(
+        "--loss-rows", type=int, default=32, help="held-out conversations for the output errors (default %(default)s)"
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        metavar="NAME",
+        default=["gptqmodel"],
+        help=f"of {', '.join(map(repr, PEERS))}",
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="per process (default %(default)s)")
     parser.add_argument("--token-budget", type=int, default=2048)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all while quantizing")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all quantizers")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="directory for the quantized models")
+    parser.add_argument("--json", type=Path, help="write the result here (default: standard output)")
     return parser.parse_args()
 
 
-# ---- the quantizations ----------------------------------------------------------------------------------
+# ---- quantizing -----------------------------------------------------------------------------------------
 
 
 def draw_sample(model: Checkpoint, arguments: argparse.Namespace) -> Sample:
-    """The rows that our command draws by itself, and for scoring the pairs that it leaves."""
-    renderer = Renderer.from_directory(model.directory, model.architecture.max_position_embeddings)
+    """The calibration set that `quantize/run.py` draws, and held-out pairs."""
+    renderer = Renderer.from_directory(model.directory, model.model_config.max_position_embeddings)
     return sample(
         load_rows(arguments.calibration),
         renderer,
@@ -135,7 +151,7 @@ def draw_sample(model: Checkpoint, arguments: argparse.Namespace) -> Sample:
     )
 
 
-def both_sides(drawn: Sample) -> list[Rendered]:
+def both_sides(drawn: Sample) -> list[RenderedConversation]:
     return [side for pair in drawn.parity for side in (pair.chosen, pair.rejected)]
 
 
@@ -169,8 +185,14 @@ def peer_command(
     return [*command, "--dtype", arguments.dtype, *more]
 
 
+def relative_to_root(word: str) -> str:
+    """A path inside the repository relative to its root; anything else unchanged."""
+    path = Path(word)
+    return path.relative_to(ROOT).as_posix() if path.is_absolute() and path.is_relative_to(ROOT) else word
+
+
 def identity(source: str) -> str:
-    """Changes with the demo's head, which a fingerprint of headers does not see."""
+    """Hash of the checkpoint's fingerprint and its head; the fingerprint covers headers only."""
     model = open_checkpoint(source)
     digest = hashlib.sha256(model.fingerprint().encode())
     for name in HEAD_TENSORS:
@@ -179,13 +201,18 @@ def identity(source: str) -> str:
 
 
 def run_once(name: str, command: list[str], rows: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Wall and CPU seconds and peak memory of the process, and its last line; an earlier run's if it did the same."""
+    """Run a quantization, unless an earlier run had the same inputs; return its time, memory and last output line."""
     record, log = (arguments.work / f"{slug(name)}.{suffix}" for suffix in ("json", "log"))
-    inputs = {"model": identity(arguments.model), "rows": rows, "command": command, "threads": arguments.threads}
+    inputs = {
+        "model": identity(arguments.model),
+        "rows": rows,
+        "command": [relative_to_root(word) for word in command],
+        "threads": arguments.threads,
+    }
     earlier = json.loads(record.read_text()) if record.exists() else {}
     if earlier.get("inputs") == inputs:
         return earlier
-    shutil.rmtree(arguments.work / slug(name), ignore_errors=True)  # of another run, or one that failed
+    shutil.rmtree(arguments.work / slug(name), ignore_errors=True)  # from another or failed run
     threads = str(arguments.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
     start = time.perf_counter()
@@ -200,7 +227,7 @@ def run_once(name: str, command: list[str], rows: str, arguments: argparse.Names
     result = {
         "seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_memory": reported["peak_memory"],  # as usage has it, it starts from this process's
+        "peak_memory": reported["peak_memory"],  # ru_maxrss would start from this process's peak
         "reported": reported,
         "inputs": inputs | {"model": identity(arguments.model)},
     }
@@ -210,20 +237,20 @@ def run_once(name: str, command: list[str], rows: str, arguments: argparse.Names
     return result
 
 
-# ---- what came of them ----------------------------------------------------------------------------------
+# ---- comparison -----------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def layer_losses(
-    model: Checkpoint, variants: dict[str, Checkpoint], rows: list[Rendered], token_budget: int
+    model: Checkpoint, variants: dict[str, Checkpoint], rows: list[RenderedConversation], token_budget: int
 ) -> list[dict[str, Any]]:
-    """For every linear and variant, squared output error over squared output, on the unquantized model's inputs."""
-    rotary = Rotary(model.architecture, max(len(row.token_ids) for row in rows))
-    batches = pack(rows, token_budget)
+    """Relative squared output error per linear and variant, on the unquantized model's inputs."""
+    rotary = RotaryEmbedding(model.model_config, max(len(row.token_ids) for row in rows))
+    batches = pack_batches(rows, token_budget)
     embedding = model.read("model.embed_tokens.weight")
     hidden = [embedding[batch.token_ids].float() for batch in batches]
     losses = []
-    for index in range(model.architecture.num_hidden_layers):
+    for index in range(model.model_config.num_hidden_layers):
         block = open_block(model, index, rotary)
         packed = {name: open_block(checkpoint, index, rotary) for name, checkpoint in variants.items()}
         sums: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -241,13 +268,13 @@ def layer_losses(
     return losses
 
 
-def open_block(checkpoint: Checkpoint, index: int, rotary: Rotary) -> Block:
+def open_block(checkpoint: Checkpoint, index: int, rotary: RotaryEmbedding) -> Block:
     tensors = checkpoint.read_block(index)
-    return Block.from_tensors(checkpoint.architecture, tensors, rotary, FLOAT32, checkpoint.quantization)
+    return Block.from_tensors(checkpoint.model_config, tensors, rotary, FLOAT32, checkpoint.quantization)
 
 
 def linear_inputs(block: Block, hidden: list[torch.Tensor], place: int, batch) -> Iterator[torch.Tensor]:
-    """What each group of linears sees of one batch; `hidden[place]` then moves on to the next block."""
+    """Yield each linear group's input for one batch, then replace `hidden[place]` by the block's output."""
     x = block.attention_input(hidden[place])
     yield x
     context = block.attention_context(x, batch)
@@ -261,15 +288,15 @@ def linear_inputs(block: Block, hidden: list[torch.Tensor], place: int, batch) -
 
 
 def score_figures(
-    model: Checkpoint, variants: dict[str, Checkpoint], pairs: list[Rendered]
+    model: Checkpoint, variants: dict[str, Checkpoint], pairs: list[RenderedConversation]
 ) -> dict[str, dict[str, Any]]:
-    """Parity figures on held-out pairs: of each variant as it is, and of ours without its repair of the head."""
+    """Parity metrics on held-out pairs for each variant, and for ours without head recalibration."""
     head = read_head(model)
-    hidden = {name: Scorer(checkpoint).hidden_at_scored(pairs) for name, checkpoint in variants.items()}
+    hidden = {name: Scorer(checkpoint).hidden_at_scored_tokens(pairs) for name, checkpoint in variants.items()}
     scores = {name: read_head(checkpoint)(hidden[name]) for name, checkpoint in variants.items()}
     scores[f"{OURS}, unrepaired"] = head(hidden[OURS])
-    reference = by_pair(head(Scorer(model).hidden_at_scored(pairs)))
-    return {name: measure_figures(reference, by_pair(each)).model_dump() for name, each in scores.items()}
+    reference = by_pair(head(Scorer(model).hidden_at_scored_tokens(pairs)))
+    return {name: measure_metrics(reference, by_pair(each)).model_dump() for name, each in scores.items()}
 
 
 def by_pair(scores: torch.Tensor) -> np.ndarray:
@@ -277,7 +304,7 @@ def by_pair(scores: torch.Tensor) -> np.ndarray:
 
 
 def mean_losses(losses: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Geometric means over blocks: kind of linear, or `all`, to variant to relative loss."""
+    """Geometric mean over blocks of the relative error: by linear name or `all`, then by variant."""
     logs: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in losses:
         for name in row.keys() - {"block", "linear"}:

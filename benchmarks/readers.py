@@ -1,12 +1,16 @@
-"""Do other people's readers give our scores? transformers, with gptqmodel or bitsandbytes, against the kit.
+"""Compare the scores of transformers, with gptqmodel or bitsandbytes, with ours.
 
     python benchmarks/readers.py output/demo-gptq-4bit output/demo-nf4 --count 64
 
-One JSON line a checkpoint, with differences in standard deviations of our scores over bundled conversations, for
-three readings. `widened`: everything the reader holds is widened to float32, so that only a different meaning of the
-stored tensors can show. `float32`: what `dtype=torch.float32` gives, where gptqmodel still rounds each weight
-to fp16, bitsandbytes multiplies in bf16, and LLM.int8 rounds activations to int8. `stored`: the checkpoint's own
-bf16, which most users run. GPTQ needs the `interop` extra.
+Prints one JSON line per checkpoint, with differences in standard deviations of our scores over bundled conversations,
+for three ways to load it:
+
+    widened  all tensors cast to float32 after loading; only a different interpretation of the stored tensors differs
+    float32  `dtype=torch.float32`; gptqmodel still rounds weights to fp16, bitsandbytes multiplies in bf16, and
+             LLM.int8 rounds activations to int8
+    stored   the checkpoint's dtype, bf16, which most users run
+
+GPTQ needs the `interop` extra.
 """
 
 from __future__ import annotations
@@ -25,11 +29,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from calibration.conversations import load_rows  # noqa: E402
 from calibration.sampling import sample  # noqa: E402
-from runtime.chat import Rendered, Renderer  # noqa: E402
-from runtime.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from runtime.hf_model import Qwen2ForRewardModel  # noqa: E402
+from calibration.sources import load_rows  # noqa: E402
+from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
+from runtime.checkpoints.transformers_model import Qwen2ForRewardModel  # noqa: E402
+from runtime.conversations.rendering import RenderedConversation, Renderer  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 
 READINGS = ("widened", "float32", "stored")
@@ -48,14 +52,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL_DIR")
     parser.add_argument("--count", type=int, default=64, help="conversations (default %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="leave out longer ones (default %(default)s)")
-    parser.add_argument("--calibration", help="take conversations from here (default: the bundled ones)")
-    parser.add_argument("--readings", nargs="+", choices=READINGS, default=READINGS, help="default: all three")
+    parser.add_argument("--max-tokens", type=int, default=512, help="skip longer conversations (default %(default)s)")
+    parser.add_argument("--calibration", help="file of conversations (default: the bundled ones)")
+    parser.add_argument(
+        "--readings", nargs="+", choices=READINGS, default=READINGS, help="ways to load (default: all three)"
+    )
     return parser.parse_args()
 
 
 def compare(checkpoint: Checkpoint, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Differences between the reader's scores and ours in units of the spread of ours."""
+    """Differences between the reader's scores and ours, in standard deviations of ours."""
     rows = draw_rows(checkpoint, arguments)
     ours = Scorer(checkpoint).score_rendered(rows).double()
     result: dict[str, Any] = {"layout": layout(checkpoint), "conversations": len(rows), "score_std": float(ours.std())}
@@ -68,8 +74,8 @@ def compare(checkpoint: Checkpoint, arguments: argparse.Namespace) -> dict[str, 
     return result
 
 
-def draw_rows(checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[Rendered]:
-    limit = min(arguments.max_tokens, checkpoint.architecture.max_position_embeddings)
+def draw_rows(checkpoint: Checkpoint, arguments: argparse.Namespace) -> list[RenderedConversation]:
+    limit = min(arguments.max_tokens, checkpoint.model_config.max_position_embeddings)
     renderer = Renderer.from_directory(checkpoint.directory, limit)
     drawn = sample(load_rows(arguments.calibration), renderer, rows_wanted=arguments.count, parity_pairs=0)
     return [row.rendered for row in drawn.calibration]
@@ -81,37 +87,37 @@ def layout(checkpoint: Checkpoint) -> str:
 
 
 def read(checkpoint: Checkpoint, reading: str) -> Qwen2ForRewardModel:
-    """Load with transformers, in one of `READINGS`."""
+    """Load with transformers, in one of the `READINGS`."""
     method = checkpoint.quantization.method if checkpoint.quantization else None
-    options: dict[str, Any] = {"dtype": checkpoint.architecture.dtype if reading == "stored" else torch.float32}
+    options: dict[str, Any] = {"dtype": checkpoint.model_config.dtype if reading == "stored" else torch.float32}
     if method == "gptq":
         from transformers import GPTQConfig
 
-        # The kernel that `backend="auto"` takes on a CPU rounds more.
+        # `backend="auto"` picks a kernel on CPUs that rounds more.
         options["quantization_config"] = GPTQConfig(bits=checkpoint.quantization.bits, backend="torch")
     model = Qwen2ForRewardModel.from_pretrained(checkpoint.directory, **options).eval()
     if reading == "widened":
         if method == "int8":
-            model.dequantize(dtype=torch.float32)  # else activations would be rounded to int8
+            model.dequantize(dtype=torch.float32)  # otherwise activations are rounded to int8
         widen(model)
     return model
 
 
 def widen(model: Qwen2ForRewardModel) -> None:
-    """Whatever a loader left in 16 bits (GPTQ's scales and biases, norms and embedding under bitsandbytes) to fp32."""
+    """Cast what is still 16-bit to fp32: GPTQ's scales and biases; norms and embedding under bitsandbytes."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' Linear4bit
-            module.support_avx512bf16_for_cpu = False  # it would multiply in bf16 whatever the compute dtype
+            module.support_avx512bf16_for_cpu = False  # otherwise it multiplies in bf16 whatever the compute dtype
             module.compute_dtype = torch.float32
 
 
 @torch.inference_mode()
-def score(model: Qwen2ForRewardModel, rows: list[Rendered]) -> torch.Tensor:
+def score(model: Qwen2ForRewardModel, rows: list[RenderedConversation]) -> torch.Tensor:
     """float64 [n], one conversation at a time, without padding."""
-    with torch.compiler.set_stance("force_eager"):  # gptqmodel compiles a kernel for each shape, at seconds each
+    with torch.compiler.set_stance("force_eager"):  # otherwise gptqmodel compiles a kernel for each shape
         return torch.cat([model(torch.tensor([row.token_ids])) for row in rows]).double()
 
 

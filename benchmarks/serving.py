@@ -1,13 +1,12 @@
-"""Requests a second of a running server, at 1, 8, 64 and 256 clients, against the same rows scored in this process.
+"""Measure a server's requests/s with 1, 8, 64 and 256 clients, and compare with scoring in this process.
 
     python benchmarks/serving.py --seconds 25 --json result.json
     python benchmarks/serving.py --url http://127.0.0.1:7860 --model output/demo-gptq-4bit --clients 64
 
-Without `--url` it starts `app.py --no-page` itself, with `--model`, on a free port. Each client keeps one connection
-and asks `/get_reward` for one sample at a time, as OpenRLHF's rollouts do; together they walk through the bundled
-pairs, or `--rows`. A client that gets 429 waits as long as it says. Latencies are in milliseconds; memory, in MiB, is
-what the server's `/metrics` says. `local` is `Scorer.score` on as many of the same rows in one call, in this process,
-while the server is idle.
+Without `--url` it starts `app.py --no-page` with `--model` on a free port. Each client keeps one connection and posts
+one sample at a time to `/get_reward`, as OpenRLHF's rollouts do; all clients share the bundled pairs, or `--rows`.
+After a 429 a client waits for the time in Retry-After. Latencies are in milliseconds; memory is in MiB, from
+`/metrics`. `local` is `Scorer.score` on the same number of rows in one call, in this process, while the server is idle.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from calibration.conversations import load_rows  # noqa: E402
-from runtime.conversation import Message  # noqa: E402
-from runtime.demo_variant import OUTPUT  # noqa: E402
-from runtime.errors import ConversationError  # noqa: E402
+from calibration.sources import load_rows  # noqa: E402
+from runtime.common.errors import ConversationError  # noqa: E402
+from runtime.conversations.conversation import ChatMessage  # noqa: E402
+from runtime.demo.variant import DEMO_VARIANT_DIRECTORY  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 
 WARM_UP = 3  # seconds
@@ -67,17 +66,17 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", help="a server that runs already (default: one is started)")
-    parser.add_argument("--model", default=str(OUTPUT), help="that it serves (default %(default)s)")
-    parser.add_argument("--rows", help="preference pairs, as `--calibration` takes them (default: the bundled ones)")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64, 256])
-    parser.add_argument("--seconds", type=float, default=25, help="of each phase (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="where the result goes, beside standard output")
+    parser.add_argument("--url", help="address of a running server (default: start one)")
+    parser.add_argument("--model", default=str(DEMO_VARIANT_DIRECTORY), help="model to serve (default %(default)s)")
+    parser.add_argument("--rows", help="preference pairs (default: the bundled ones)")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64, 256], help="default: 1 8 64 256")
+    parser.add_argument("--seconds", type=float, default=25, help="per number of clients (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser.parse_args()
 
 
-def read_conversations(arguments: argparse.Namespace) -> list[list[Message]]:
-    """Both of every pair, one after the other, as a policy's samples of one prompt arrive; those that fit the model."""
+def read_conversations(arguments: argparse.Namespace) -> list[list[ChatMessage]]:
+    """Both conversations of every pair, in order, without those that are too long for the model."""
     scorer = Scorer.from_pretrained(arguments.model)
     conversations = []
     for pair in load_rows(arguments.rows).pairs:
@@ -90,7 +89,7 @@ def read_conversations(arguments: argparse.Namespace) -> list[list[Message]]:
     return conversations
 
 
-def http_request(url: str, conversation: list[Message]) -> bytes:
+def http_request(url: str, conversation: list[ChatMessage]) -> bytes:
     text = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in conversation)
     prompt = text[: text.rindex("<|im_start|>assistant\n") + len("<|im_start|>assistant\n")]
     body = json.dumps({"query": [text], "prompts": [prompt], "labels": [""]}).encode()
@@ -100,7 +99,7 @@ def http_request(url: str, conversation: list[Message]) -> bytes:
 
 @contextmanager
 def server(arguments: argparse.Namespace) -> Iterator[str]:
-    """Its address, once it is ready."""
+    """The address of the running server, or of a new one once it is ready."""
     if arguments.url:
         yield arguments.url.rstrip("/")
         return
@@ -128,7 +127,7 @@ def read_log(log: Any) -> str:
 
 @dataclass
 class Tally:
-    """What clients met."""
+    """Latencies in seconds of answered requests, and counts by status or error."""
 
     latencies: list[float] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
@@ -179,7 +178,7 @@ async def client(url: str, requests: list[bytes], turn: Iterator[int], end: floa
 
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[str, int]:
-    """Its status, and the seconds to wait that it names."""
+    """Read a response; return its status and the seconds in Retry-After."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     length = re.search(r"content-length: (\d+)", head)
     await reader.readexactly(int(length[1]) if length else 0)
@@ -190,8 +189,8 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[str, int]:
 # ---- figures --------------------------------------------------------------------------------------------
 
 
-def score_here(model: str, rows: list[list[Message]], count: int) -> dict[str, Any]:
-    """As many rows as the server answered, at most all of them, in one call."""
+def score_here(model: str, rows: list[list[ChatMessage]], count: int) -> dict[str, Any]:
+    """Time `Scorer.score` on the first `count` rows, in one call."""
     scorer = Scorer.from_pretrained(model)
     scorer.score(rows[:8])
     start = time.perf_counter()

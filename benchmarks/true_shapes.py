@@ -1,12 +1,11 @@
-"""Quantize a few blocks of the 72B's true shapes on this machine, and project the rest.
-
-Writes a checkpoint of random weights with outlier channels (hidden 8192, intermediate 29568, 64/8 heads,
-vocabulary of the demo's tokenizer), quantizes it with the ordinary command in a process of its own, and
-prints a table and one JSON line: peak memory against the plan's formula, seconds by stage, and what 80 blocks
-would take on an H100, with the assumptions written out.
+"""Quantize a few blocks with the 72B's shapes on this machine, and project the time of 80 blocks on an H100.
 
     python benchmarks/true_shapes.py --work /tmp/true-shapes                 about 20 GB of disk, 14 GB of memory
-    python benchmarks/true_shapes.py --work /tmp/toy --divide 16             the same with shapes a 16th as wide
+    python benchmarks/true_shapes.py --work /tmp/toy --divide 16             the same with 1/16 of the width
+
+The script writes a checkpoint of random weights with outlier channels (hidden size 8192, intermediate size 29568, 64
+heads, 8 key-value heads, the demo's vocabulary) and quantizes it with `quantize/run.py`. It prints a table and one JSON
+line: peak memory and the plan's estimate, seconds per stage, and the projection with its assumptions.
 """
 
 from __future__ import annotations
@@ -26,19 +25,18 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from quantize.plan import Load, Plan  # noqa: E402
-from quantize.settings import GPTQSettings  # noqa: E402
-from runtime.architecture import Architecture, block_prefix  # noqa: E402
-from runtime.checkpoint import open_checkpoint  # noqa: E402
-from runtime.quantization import Quantization  # noqa: E402
-from runtime.sizes import GIB, parse_size  # noqa: E402
+from quantize.job.plan import QuantizationPlan, TokenCounts  # noqa: E402
+from quantize.solver.settings import GPTQSettings  # noqa: E402
+from runtime.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+from runtime.checkpoints.model_config import ModelConfig, block_prefix  # noqa: E402
+from runtime.checkpoints.quantization_config import QuantizationConfig  # noqa: E402
+from runtime.common.terminal import GIB, parse_size  # noqa: E402
 
-# Sustained rates assumed of an H100 (dense, not the data sheet's peak), in operations a second. Stages are
-# as `Plan.work` names them.
+# Assumed sustained FLOP/s of an H100 (dense, below the data sheet's peak) per stage of `QuantizationPlan.flops`.
 H100 = {
     "reference stream": 550e12,  # bf16 products
-    "quantized stream": 520e12,  # the same, weights dequantized once a batch
-    "calibration stops": 520e12,
+    "quantized stream": 520e12,  # the same, with weights dequantized once per batch
+    "second gate and up": 520e12,
     "Hessians": 450e12,  # bf16 products with fp32 sums; the symmetric half is computed, 9/16 of the count
     "correction": 400e12,  # bf16 products, and two triangular solves in fp32
     "factorisation": 25e12,  # fp32, blocked
@@ -46,7 +44,7 @@ H100 = {
     "refinement": 40e12,  # fp32 products, of groups with all columns
 }
 COLUMN_STEP = 40e-6  # seconds: a few kernel launches for each column of each linear
-PCIE = 25e9  # bytes a second from host memory
+PCIE = 25e9  # bytes/s from host memory
 
 
 def main() -> int:
@@ -88,7 +86,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="directory for the checkpoint and its variant")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--divide", type=int, default=1, help="divide every width by this, for a quick look")
+    parser.add_argument("--divide", type=int, default=1, help="divide all widths by this, for a quick run")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--parity-pairs", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=600)
@@ -98,7 +96,7 @@ def parse() -> argparse.Namespace:
 
 
 def write_checkpoint(directory: Path, layers: int, divide: int, seed: int) -> None:
-    """Random weights scaled as trained ones are, with a few input channels whose activations stand out."""
+    """Write random weights scaled like trained ones, with a few outlier channels."""
     directory.mkdir(parents=True)
     demo = open_checkpoint("demo")
     for file in demo.tokenizer_files():
@@ -112,7 +110,7 @@ def write_checkpoint(directory: Path, layers: int, divide: int, seed: int) -> No
         "num_hidden_layers": layers,
         "num_attention_heads": 64 // min(divide, 8),
         "num_key_value_heads": 8 // min(divide, 8),
-        "vocab_size": demo.architecture.vocab_size,
+        "vocab_size": demo.model_config.vocab_size,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
@@ -120,9 +118,9 @@ def write_checkpoint(directory: Path, layers: int, divide: int, seed: int) -> No
         "use_sliding_window": False,
         "dtype": "bfloat16",
     }
-    architecture = Architecture.from_config(config)
+    model_config = ModelConfig.from_config(config)
     generator = torch.Generator().manual_seed(seed)
-    outliers = torch.randperm(architecture.hidden_size, generator=generator)[: max(4, architecture.hidden_size // 500)]
+    outliers = torch.randperm(model_config.hidden_size, generator=generator)[: max(4, model_config.hidden_size // 500)]
     weight_map: dict[str, str] = {}
 
     def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -131,9 +129,9 @@ def write_checkpoint(directory: Path, layers: int, divide: int, seed: int) -> No
         weight_map.update(dict.fromkeys(tensors, file))
 
     for index in range(layers):
-        shapes = {block_prefix(index) + name: shape for name, shape in architecture.block_shapes().items()}
+        shapes = {block_prefix(index) + name: shape for name, shape in model_config.block_shapes().items()}
         save(f"block-{index}.safetensors", shapes)
-    save("outer.safetensors", architecture.outer_shapes())
+    save("outer.safetensors", model_config.non_block_shapes())
     index_file = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index_file))
     (directory / "config.json").write_text(json.dumps(config, indent=1))
@@ -142,7 +140,7 @@ def write_checkpoint(directory: Path, layers: int, divide: int, seed: int) -> No
 def random_tensor(
     name: str, shape: tuple[int, ...], outliers: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Norms near 1 but 20 in the outlier channels, biases of 0.1, weights of standard deviation 1 / sqrt(in)."""
+    """Norms near 1, but 20 in outlier channels; biases near 0.1; weights with standard deviation 1 / sqrt(in)."""
     values = torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
     if "norm" in name:
         values = 1 + 0.1 * values
@@ -155,7 +153,7 @@ def random_tensor(
 
 
 def measure(output: Path, result: dict, log: str) -> dict:
-    """Figures of the run: memory, seconds by stage of the slower block, the projection."""
+    """Memory, seconds per stage of the slowest block, and the projection."""
     blocks = [json.loads(line) for line in (output / "job" / "blocks.jsonl").read_text().splitlines()]
     slowest = max(blocks, key=lambda block: block["seconds"]["all"])
     planned = re.search(r"peak memory\W+([\d.]+ [KMG]iB)", log)
@@ -172,22 +170,22 @@ def measure(output: Path, result: dict, log: str) -> dict:
 
 
 def project(tokens: int = 262_144, blocks: int = 80) -> dict:
-    """80 blocks on an H100 with 262,144 calibration tokens, by the plan's own operation counts."""
-    architecture = Architecture(8192, 29568, blocks, 64, 8, 128, 152064, 32768, 1e-6, 1e6, torch.bfloat16)
-    plan = Plan(
-        architecture,
-        Quantization("gptq", 4, 128),
-        Load(tokens, 0, 16384),
+    """Project the time on an H100 from the plan's operation counts."""
+    model_config = ModelConfig(8192, 29568, blocks, 64, 8, 128, 152064, 32768, 1e-6, 1e6, torch.bfloat16)
+    plan = QuantizationPlan(
+        model_config,
+        QuantizationConfig("gptq", 4, 128),
+        TokenCounts(tokens, 0, 16384),
         calibrated=True,
         correction=True,
-        refine_passes=GPTQSettings().refine_passes,
+        descent_passes=GPTQSettings().descent_passes,
         matmul_bytes=2,
         prefetch=True,
         device="cuda:0",
     )
-    stages = {name: work / H100[name] for name, work in plan.work().items()}
+    stages = {name: work / H100[name] for name, work in plan.flops().items()}
     stages["Hessians"] *= 9 / 16
-    stages["columns"] = COLUMN_STEP * (1 + plan.refine_passes) * (6 * 8192 + 29568)
+    stages["columns"] = COLUMN_STEP * (1 + plan.descent_passes) * (6 * 8192 + 29568)
     stages["transfers"] = (plan.block_bytes + 12 * 4 * tokens * 8192) / PCIE
     return {
         "assumptions": {"rates": H100, "column_step_s": COLUMN_STEP, "pcie_bytes_s": PCIE, "tokens": tokens},

@@ -1,1 +1,1 @@
-"""Conversations in: the bundled set, users' own files, and the sample that calibrates and compares."""
+"""Calibration data: load preference data, and split it into a calibration set and held-out pairs."""

@@ -1,45 +1,47 @@
-"""Which rows calibrate and which measure: a seeded split by prompt in which every area has its share.
+"""Split rows into a calibration set and held-out parity pairs, stratified by category.
 
-A parity figure is worth something only on prompts that calibration never saw, so prompts (case, spacing and
-punctuation aside) are the unit of the split. Every choice follows from the seed and the rows' own text: the
-order of the lines in a file, the platform and the Python version change nothing.
+The split is by prompt, compared without case, spacing and punctuation, so that parity is measured on prompts that
+calibration never saw. It depends only on the seed and the text of the rows, not on the order of the rows, the platform
+or the Python version.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from calibration.conversations import Conversation, Rows
-from runtime.chat import Rendered, Renderer
-from runtime.conversation import Message, PreferencePair
-from runtime.errors import ConversationError
+from calibration.prompt_order import SourceRow, group_by_prompt, round_robin, stratified_order
+from calibration.sources import ConversationRow, LoadedRows
+from runtime.common.errors import ConversationError
+from runtime.conversations.conversation import ChatMessage, PreferencePair
+from runtime.conversations.rendering import RenderedConversation, Renderer
 
 
 class CalibrationRow(NamedTuple):
     """A conversation and its tokens."""
 
-    conversation: Conversation
-    rendered: Rendered
+    conversation: ConversationRow
+    rendered: RenderedConversation
 
 
 class ParityPair(NamedTuple):
     """A pair and the tokens of its two conversations."""
 
     pair: PreferencePair
-    chosen: Rendered
-    rejected: Rendered
+    chosen: RenderedConversation
+    rejected: RenderedConversation
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows to calibrate on and pairs to compare on, which share no prompt.
+    """A calibration set and held-out parity pairs, which share no prompt.
 
-    `too_long` counts the rows that were met and did not fit; `notes` are sentences for the user.
+    Attributes:
+        too_long: number of conversations that were skipped because they are too long.
+        notes: remarks for the user.
     """
 
     calibration: list[CalibrationRow]
@@ -55,24 +57,26 @@ class Sample:
     def parity_tokens(self) -> int:
         return sum(len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in self.parity)
 
-    def areas(self) -> dict[str, tuple[int, int]]:
-        """Calibration rows and parity pairs of every area, by name."""
-        rows = Counter(row.conversation.area for row in self.calibration)
-        pairs = Counter(pair.pair.area for pair in self.parity)
-        return {area: (rows[area], pairs[area]) for area in sorted(rows | pairs)}
+    def category_counts(self) -> dict[str, tuple[int, int]]:
+        """Number of calibration rows and of parity pairs per top category."""
+        rows = Counter(row.conversation.top_category for row in self.calibration)
+        pairs = Counter(pair.pair.top_category for pair in self.parity)
+        return {top_category: (rows[top_category], pairs[top_category]) for top_category in sorted(rows | pairs)}
 
     def summary(self) -> str:
-        """A few lines for people."""
-        areas = [f"{area} {rows}/{pairs}" for area, (rows, pairs) in self.areas().items()]
+        """A few lines for the terminal."""
+        category_counts = [
+            f"{top_category} {rows}/{pairs}" for top_category, (rows, pairs) in self.category_counts().items()
+        ]
         lines = [
             f"calibration: {len(self.calibration):,} conversations, {self.calibration_tokens:,} tokens",
             f"parity: {len(self.parity):,} pairs on other prompts, {self.parity_tokens:,} tokens",
-            f"areas (conversations/pairs): {', '.join(areas)}",
+            f"categories (conversations/pairs): {', '.join(category_counts)}",
         ]
         return "\n".join([*lines, *self.notes])
 
     def fingerprint(self) -> str:
-        """sha256 over every token id and scored index in order: equal where the model's inputs are."""
+        """sha256 over all token ids and scored indices in order; identifies the inputs of the model."""
         digest = hashlib.sha256(struct.pack("<2Q", len(self.calibration), len(self.parity)))
         parity = (rendered for _, chosen, rejected in self.parity for rendered in (chosen, rejected))
         for rendered in [*(row.rendered for row in self.calibration), *parity]:
@@ -82,7 +86,7 @@ class Sample:
 
 
 def sample(
-    rows: Rows,
+    rows: LoadedRows,
     renderer: Renderer,
     *,
     rows_wanted: int = 128,
@@ -93,58 +97,55 @@ def sample(
     """Split `rows` into calibration conversations and parity pairs.
 
     Args:
-        rows: what `calibration.conversations.load_rows` read.
-        renderer: the checkpoint's; conversations longer than its positions are left out, never cut.
-        rows_wanted: calibration conversations; a pair gives two, its chosen and its rejected one (the last
-            pair only its chosen one if a single row is missing).
-        parity_pairs: pairs to compare on; None for all that remain, 0 for none.
-        max_tokens: a stricter limit on the length of a conversation, in tokens.
-        seed: another seed, another split.
+        rows: from `calibration.sources.load_rows`.
+        renderer: of the checkpoint. Conversations longer than its `max_positions` are skipped, never truncated.
+        rows_wanted: number of calibration conversations. A pair gives two, its chosen and its rejected one; the last
+            pair gives only its chosen one if one row is missing.
+        parity_pairs: number of held-out pairs; None for all that remain.
+        max_tokens: a lower limit on the length of a conversation, in tokens.
+        seed: of the split.
 
     Raises:
-        ConversationError: the data cannot give that many rows, or leaves too few pairs to compare on.
+        ConversationError: the data has too few rows for the calibration set, or too few other pairs for parity.
     """
-    shelf = _Shelf(renderer, min(max_tokens or renderer.max_positions, renderer.max_positions))
-    prompts = _in_stratified_order(_by_prompt([*rows.pairs, *rows.conversations], seed), seed)
-    calibration, untouched = _take_calibration(prompts, shelf, rows_wanted)
+    length_filter = _LengthFilter(renderer, min(max_tokens or renderer.max_positions, renderer.max_positions))
+    prompts = stratified_order(group_by_prompt([*rows.pairs, *rows.conversations], seed), seed)
+    calibration, unused_prompts = _select_calibration_rows(prompts, length_filter, rows_wanted)
     if len(calibration) < rows_wanted:
         raise ConversationError(
-            f"{rows.source}: {len(calibration)} of the {rows_wanted} calibration rows asked for can be had "
-            f"from {_size(rows)}{shelf.explanation()}; ask for fewer rows or give more data."
+            f"{rows.source}: {len(calibration)} of the {rows_wanted} requested calibration rows are available in "
+            f"{_size(rows)}{length_filter.explanation()}; request fewer rows or give more data."
         )
-    parity = _take_parity(untouched, shelf, parity_pairs)
-    notes = [shelf.note()] if shelf.too_long else []
+    parity = _select_parity_pairs(unused_prompts, length_filter, parity_pairs)
+    notes = [length_filter.note()] if length_filter.too_long else []
     if not rows.pairs and parity_pairs != 0:
-        notes.append("no parity: the data has single conversations only, and comparing needs pairs")
+        notes.append("no parity: the data has single conversations only, and parity needs pairs")
     elif len(parity) < (1 if parity_pairs is None else parity_pairs):
         raise ConversationError(
-            f"{rows.source}: {rows_wanted} calibration rows leave {len(parity)} pairs on other prompts to "
-            f"compare on, of {_size(rows)}, where {parity_pairs or 'at least 1'} was asked for"
-            f"{shelf.explanation()}; ask for fewer rows or pairs, or give data with more different prompts."
+            f"{rows.source}: {rows_wanted} calibration rows leave {len(parity)} pairs on other prompts for parity, of "
+            f"{_size(rows)}, but {parity_pairs or 'at least 1'} was requested{length_filter.explanation()}; request "
+            "fewer rows or pairs, or give data with more different prompts."
         )
-    return Sample(calibration, parity, shelf.too_long, notes)
+    return Sample(calibration, parity, length_filter.too_long, notes)
 
 
-def _size(rows: Rows) -> str:
+def _size(rows: LoadedRows) -> str:
     return f"{len(rows.pairs)} pairs and {len(rows.conversations)} single conversations"
 
 
-Unit = PreferencePair | Conversation
-
-
-class _Shelf:
-    """Renders conversations and counts those that do not fit."""
+class _LengthFilter:
+    """Renders conversations, and counts those that are too long."""
 
     def __init__(self, renderer: Renderer, max_tokens: int):
         self.renderer, self.max_tokens = renderer, max_tokens
-        self.too_long, self.first_refusal = 0, ""
+        self.too_long, self.first_error = 0, ""
 
-    def fit(self, messages: list[Message], where: str) -> Rendered | None:
-        """The rendering, or None if it is too long."""
+    def render_if_fits(self, messages: list[ChatMessage], where: str) -> RenderedConversation | None:
+        """The rendering, or None if it is too long or fails."""
         try:
             rendered = self.renderer.render(messages, where=where)
-        except ConversationError as error:  # the row itself was checked when it was read
-            self.first_refusal = self.first_refusal or str(error)
+        except ConversationError as error:  # too many tokens; the messages were checked when the row was read
+            self.first_error = self.first_error or str(error)
             self.too_long += 1
             return None
         if len(rendered.token_ids) > self.max_tokens:
@@ -153,100 +154,56 @@ class _Shelf:
         return rendered
 
     def note(self) -> str:
-        first = f"; the first: {self.first_refusal}" if self.first_refusal else ""
-        return f"left out, as longer than {self.max_tokens:,} tokens: {self.too_long:,} conversations{first}"
+        first = f"; the first: {self.first_error}" if self.first_error else ""
+        return f"skipped, longer than {self.max_tokens:,} tokens: {self.too_long:,} conversations{first}"
 
     def explanation(self) -> str:
         return f" ({self.note()})" if self.too_long else ""
 
 
-def _by_prompt(units: Iterable[Unit], seed: int) -> list[list[Unit]]:
-    """Units that share a prompt, together; within a prompt in seeded order."""
-    prompts: defaultdict[str, list[Unit]] = defaultdict(list)
-    for unit in units:
-        prompts[_prompt_key(unit)].append(unit)
-    return [sorted(units, key=lambda unit: _lot(unit.id, seed)) for units in prompts.values()]
+def _select_calibration_rows(
+    prompts: list[list[SourceRow]], length_filter: _LengthFilter, rows_wanted: int
+) -> tuple[list[CalibrationRow], list[list[SourceRow]]]:
+    """The calibration rows and the unused prompts.
 
-
-def _prompt_key(unit: Unit) -> str:
-    """The turns before the response, without the system turn, as bare words."""
-    turns = unit.prompt if isinstance(unit, PreferencePair) else unit.messages[:-1]
-    words = [
-        (turn["role"], "".join(filter(str.isalnum, turn["content"].casefold())))
-        for turn in turns
-        if turn["role"] != "system"
-    ]
-    return hashlib.sha256(repr(words).encode()).hexdigest()
-
-
-def _lot(name: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return int.from_bytes(digest[:6], "little") / 2**48
-
-
-def _in_stratified_order(prompts: list[list[Unit]], seed: int) -> list[list[Unit]]:
-    """Prompts in an order of which every beginning has each area in proportion.
-
-    Systematic sampling: the i-th of an area's n prompts stands at (i + u) / n, with u in [0, 1) drawn by
-    lot for the area, so that areas of a single prompt spread out too.
-    """
-    strata: defaultdict[str, list[list[Unit]]] = defaultdict(list)
-    for units in sorted(prompts, key=lambda units: _lot(units[0].id, seed)):
-        strata[units[0].area].append(units)
-    placed = [
-        ((index + _lot(area, seed)) / len(stratum), area, units)
-        for area, stratum in strata.items()
-        for index, units in enumerate(stratum)
-    ]
-    return [units for _, _, units in sorted(placed, key=lambda entry: entry[:2])]
-
-
-def _in_turn(prompts: list[list[Unit]]) -> list[tuple[int, Unit]]:
-    """(prompt, unit): one unit of each prompt, then a second one of each, and so on."""
-    placed = [(depth, index) for index, units in enumerate(prompts) for depth in range(len(units))]
-    return [(index, prompts[index][depth]) for depth, index in sorted(placed)]
-
-
-def _take_calibration(
-    prompts: list[list[Unit]], shelf: _Shelf, rows_wanted: int
-) -> tuple[list[CalibrationRow], list[list[Unit]]]:
-    """Calibration rows, and the prompts left untouched.
-
-    The first half of the prompts is used up before the second is begun, so that few prompts with many
-    pairs each still leave some to compare on.
+    The second half of the prompts is used only after all rows of the first half, so that some prompts remain for parity
+    even if there are few prompts with many pairs each.
     """
     half = (len(prompts) + 1) // 2
-    queue = _in_turn(prompts[:half]) + [(half + index, unit) for index, unit in _in_turn(prompts[half:])]
-    taken: list[CalibrationRow] = []
-    touched: set[int] = set()
-    for index, unit in queue:
-        if len(taken) >= rows_wanted:
+    queue = round_robin(prompts[:half]) + [
+        (half + index, source_row) for index, source_row in round_robin(prompts[half:])
+    ]
+    selected: list[CalibrationRow] = []
+    used_prompts: set[int] = set()
+    for index, source_row in queue:
+        if len(selected) >= rows_wanted:
             break
-        touched.add(index)
-        for conversation in _conversations(unit):
-            rendered = shelf.fit(conversation.messages, conversation.where)
+        used_prompts.add(index)
+        for conversation in _conversations(source_row):
+            rendered = length_filter.render_if_fits(conversation.messages, conversation.where)
             if rendered is not None:
-                taken.append(CalibrationRow(conversation, rendered))
-    untouched = [units for index, units in enumerate(prompts) if index not in touched]
-    return taken[:rows_wanted], untouched
+                selected.append(CalibrationRow(conversation, rendered))
+    unused_prompts = [source_rows for index, source_rows in enumerate(prompts) if index not in used_prompts]
+    return selected[:rows_wanted], unused_prompts
 
 
-def _conversations(unit: Unit) -> list[Conversation]:
-    if isinstance(unit, Conversation):
-        return [unit]
-    both = (unit.chosen_conversation, unit.rejected_conversation)
-    return [Conversation(messages, unit.category, unit.where) for messages in both]
+def _conversations(source_row: SourceRow) -> list[ConversationRow]:
+    if isinstance(source_row, ConversationRow):
+        return [source_row]
+    both = (source_row.chosen_conversation, source_row.rejected_conversation)
+    return [ConversationRow(messages, source_row.category, source_row.where) for messages in both]
 
 
-def _take_parity(prompts: list[list[Unit]], shelf: _Shelf, pairs_wanted: int | None) -> list[ParityPair]:
-    taken: list[ParityPair] = []
-    for _, unit in _in_turn(prompts):
-        if pairs_wanted is not None and len(taken) >= pairs_wanted:
+def _select_parity_pairs(
+    prompts: list[list[SourceRow]], length_filter: _LengthFilter, pairs_wanted: int | None
+) -> list[ParityPair]:
+    selected: list[ParityPair] = []
+    for _, source_row in round_robin(prompts):
+        if pairs_wanted is not None and len(selected) >= pairs_wanted:
             break
-        if isinstance(unit, PreferencePair):
-            chosen = shelf.fit(unit.chosen_conversation, unit.where)
-            rejected = shelf.fit(unit.rejected_conversation, unit.where)
+        if isinstance(source_row, PreferencePair):
+            chosen = length_filter.render_if_fits(source_row.chosen_conversation, source_row.where)
+            rejected = length_filter.render_if_fits(source_row.rejected_conversation, source_row.where)
             if chosen is not None and rejected is not None:
-                taken.append(ParityPair(unit, chosen, rejected))
-    return taken
+                selected.append(ParityPair(source_row, chosen, rejected))
+    return selected

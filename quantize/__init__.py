@@ -1,1 +1,1 @@
-"""Turn a 16-bit reward model into a packed one, in one read of its blocks."""
+"""Quantize 16-bit reward models block by block and write packed checkpoints with a parity report."""

@@ -1,39 +1,36 @@
-"""A packed model for tensor-parallel engines: `python -m quantize.export MODEL --tensor-parallel 2 --output DIR`.
-
-`export` is the story; `runtime.command` handles how a run can end.
-"""
+"""Pad a packed model for tensor-parallel engines: `python -m quantize.export MODEL --tensor-parallel 2`."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from argparse import Namespace
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
+from quantize.job.resources import check_free_space
 from quantize.padding import pad_block, padded_size
-from quantize.plan import check_room
-from quantize.writer import Writer
-from runtime import parity_pairs, reference
-from runtime.architecture import BLOCK_LINEARS, Architecture, block_prefix
-from runtime.checkpoint import Checkpoint, open_checkpoint
-from runtime.command import make_parser, run_command
-from runtime.errors import PlanError
-from runtime.files import open_locked, sync_directory, write_whole
-from runtime.quantization import Quantization
-from runtime.report import HTML_FILE, JSON_FILE, JUNIT_FILE
-from runtime.sweep import read_blocks
+from quantize.sweep.checkpoint_writer import CheckpointWriter
+from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from runtime.checkpoints.model_config import BLOCK_LINEARS, block_prefix
+from runtime.checkpoints.quantization_config import QuantizationConfig
+from runtime.common.command import make_parser, run_command
+from runtime.common.errors import ConfigurationError
+from runtime.common.files import open_locked, sync_directory, write_file_atomically
+from runtime.evaluation.pairs import PARITY_PAIRS_FILE
+from runtime.evaluation.reference_scores import REFERENCE_SCORES_FILE
+from runtime.evaluation.report import JSON_FILE
+from runtime.evaluation.report_files import HTML_FILE, JUNIT_FILE
+from runtime.execution.block_loading import read_blocks
 
 DESCRIPTION = """\
-Write a GPTQ model again with MLPs that split over several GPUs.
+Write a GPTQ model with MLPs that split evenly over several GPUs.
 
-Engines with tensor parallelism give each GPU a share of every weight, and a share must be whole groups. Where it would
-not be, intermediate_size is raised to the next multiple for which it is. The added weights are exactly 0, so every
-score stays what it was.
+Tensor-parallel engines give each GPU a share of every weight, and a share must consist of whole groups. If it would
+not, intermediate_size is raised to the next size that splits. The added weights are exactly 0, so scores do not change.
 """
 
 EXAMPLES = """\
@@ -41,20 +38,42 @@ examples:
   python -m quantize.export worldpm-72b-gptq-4bit --tensor-parallel 2 --output worldpm-72b-gptq-4bit-tp2
   python -m quantize.export worldpm-72b-gptq-4bit --tensor-parallel 8 --output worldpm-72b-gptq-4bit-tp8
 
-A 72B in groups of 128 gets an intermediate_size of 29696 for 2, 4 and 8 GPUs alike.
+With groups of 128, the 72B gets an intermediate_size of 29696 for 2, 4 and 8 GPUs.
 
 exit status: 0 done; 2 an error that the message explains; 130 stopped, with nothing written
 """
 
-CARD = """
+CARD_SECTION = """
 ## Exported for tensor parallelism
 
-For {tensor_parallel} GPUs its `intermediate_size` is {after} in place of {before}. The added weights are exactly 0, so
-every score stands, and so does every figure above.
+For {tensor_parallel} GPUs, `intermediate_size` was raised from {before} to {after}. The added weights are exactly 0, so
+the scores and all figures above are unchanged.
 """
 
-EVIDENCE = (JSON_FILE, HTML_FILE, JUNIT_FILE, parity_pairs.FILE_NAME, reference.FILE_NAME)
+COPIED_FILES = (JSON_FILE, HTML_FILE, JUNIT_FILE, PARITY_PAIRS_FILE, REFERENCE_SCORES_FILE)
 MANIFEST_FILE = "export.json"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The arguments of an export.
+
+    Attributes:
+        model: a GPTQ checkpoint, a directory or hub id.
+        tensor_parallel: number of GPUs that share every weight.
+        output: directory to create.
+
+    Raises:
+        ConfigurationError: `tensor_parallel` is below 2.
+    """
+
+    model: str
+    tensor_parallel: int
+    output: Path
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel < 2:
+            raise ConfigurationError(f"--tensor-parallel is {self.tensor_parallel}; it must be at least 2.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,58 +81,38 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(parse, export, lambda _: "nothing was written.", argv)
 
 
-def parse(argv: list[str] | None = None) -> Namespace:
-    """Read the arguments.
+def parse(argv: list[str] | None = None) -> ExportOptions:
+    """Parse the command line.
 
     Raises:
-        PlanError: one has a value that cannot be.
+        ConfigurationError: as `ExportOptions`.
     """
     parser = make_parser("python -m quantize.export", DESCRIPTION, EXAMPLES)
-    parser.add_argument("model", help="a GPTQ checkpoint: its directory or hub id")
+    parser.add_argument("model", help="a GPTQ checkpoint: directory or hub id")
     parser.add_argument("--tensor-parallel", type=int, required=True, metavar="N", help="GPUs that share every weight")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make")
-    arguments = parser.parse_args(argv)
-    if arguments.tensor_parallel < 2:
-        raise PlanError(f"--tensor-parallel is {arguments.tensor_parallel}; at least 2 was expected.")
-    return arguments
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to create")
+    return ExportOptions(**vars(parser.parse_args(argv)))
 
 
-def export(arguments: Namespace, console: Console) -> int:
-    """The whole story: look, write beside the place, put it there."""
-    output, tensor_parallel = arguments.output, arguments.tensor_parallel
+def export(options: ExportOptions, console: Console) -> int:
+    """Run the export from end to end and return the exit status."""
+    # 1. Validate the model, the output directory and the free space.
+    checkpoint = open_checkpoint(options.model)
+    padded = pad_config(checkpoint, options.tensor_parallel)
+    check_output_and_space(options.output, checkpoint.nbytes() + added_bytes(checkpoint, padded))
+    before, after = (each.model_config.intermediate_size for each in (checkpoint, padded))
+    console.print(f"{checkpoint.name}: intermediate_size {before} becomes {after}, for {options.tensor_parallel} GPUs")
 
-    # 1. See whether it can be done, and whether there is anything to do.
-    checkpoint = open_checkpoint(arguments.model)
-    quantization = check_packed(checkpoint)
-    before = checkpoint.architecture.intermediate_size
-    after = padded_size(before, quantization.group_size, tensor_parallel)
-    check_split(checkpoint, quantization, tensor_parallel)
-    if after == before:
-        raise PlanError(
-            f"{checkpoint.name}: intermediate_size {before} splits over {tensor_parallel} GPUs as it is; serve it so."
-        )
-    wider = replace(
-        checkpoint,
-        config=checkpoint.config | {"intermediate_size": after},
-        architecture=replace(checkpoint.architecture, intermediate_size=after),
-    )
-    check_place(output, checkpoint.nbytes() + added_bytes(checkpoint.architecture, wider.architecture, quantization))
-    console.print(f"{checkpoint.name}: intermediate_size {before} becomes {after}, for {tensor_parallel} GPUs")
-
-    # 2. Write it where nobody takes it for whole.
+    # 2. Write the checkpoint to a temporary directory.
+    output = options.output
     partial = output.with_name(f".{output.name}.partial")
     with open_locked(output.with_name(f".{output.name}.lock"), "wb", output) as lock:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         try:
             partial.mkdir()
-            shards = write_shards(Writer(partial, wider, quantization), checkpoint, console)
-            sizes = {"tensor_parallel": tensor_parallel, "before": before, "after": after}
-            write_evidence(checkpoint, partial, sizes)
-            manifest = {"schema": 1, "model": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
-            write_whole(partial / MANIFEST_FILE, json.dumps(manifest | sizes | {"shards": shards}, indent=1) + "\n")
-            open_checkpoint(partial)  # every header, shape and the head, as any reader will meet them
+            write_checkpoint(partial, checkpoint, padded, options.tensor_parallel, console)
 
-            # 3. Put it in its place.
+            # 3. Rename it to the output directory.
             partial.rename(output)
             sync_directory(output.parent)
         finally:
@@ -123,53 +122,96 @@ def export(arguments: Namespace, console: Console) -> int:
     return 0
 
 
-def check_packed(checkpoint: Checkpoint) -> Quantization:
-    """Raise PlanError for weights that are not in groups which a GPU must have whole."""
+def pad_config(checkpoint: Checkpoint, tensor_parallel: int) -> Checkpoint:
+    """Return the checkpoint with the padded intermediate size in its config; its tensors are not padded.
+
+    Raises:
+        ConfigurationError: the weights are not GPTQ, padding is not needed, or padding the MLP does not suffice.
+    """
+    quantization = check_gptq(checkpoint)
+    check_split(checkpoint, quantization, tensor_parallel)
+    before = checkpoint.model_config.intermediate_size
+    after = padded_size(before, quantization.group_size, tensor_parallel)
+    if after == before:
+        raise ConfigurationError(
+            f"{checkpoint.name}: intermediate_size {before} already splits over {tensor_parallel} GPUs; serve this "
+            "checkpoint."
+        )
+    return replace(
+        checkpoint,
+        config=checkpoint.config | {"intermediate_size": after},
+        model_config=replace(checkpoint.model_config, intermediate_size=after),
+    )
+
+
+def check_gptq(checkpoint: Checkpoint) -> QuantizationConfig:
+    """Return the quantization config. Raise ConfigurationError if the weights are not GPTQ."""
     quantization = checkpoint.quantization
     if quantization is None:
-        raise PlanError(f"{checkpoint.name} is not quantized, and 16-bit weights split anywhere; serve it as it is.")
+        raise ConfigurationError(
+            f"{checkpoint.name} is not quantized, and 16-bit weights need no padding; serve it as it is."
+        )
     if quantization.method != "gptq":
-        raise PlanError(
-            f"{checkpoint.name} has {quantization.method} weights of bitsandbytes, which engines do not split by "
-            "tensor; quantize with --method gptq."
+        raise ConfigurationError(
+            f"{checkpoint.name} has bitsandbytes {quantization.method} weights, which engines do not split over GPUs; "
+            "quantize with --method gptq."
         )
     return quantization
 
 
-def check_split(checkpoint: Checkpoint, quantization: Quantization, tensor_parallel: int) -> None:
-    """Raise PlanError where something else than the MLP does not split, as then no padding of it helps."""
-    shape = checkpoint.architecture
-    heads, keys, size = shape.num_attention_heads, shape.num_key_value_heads, max(quantization.group_size, 1)
-    if heads % tensor_parallel or (keys % tensor_parallel and tensor_parallel % keys):
-        fault = f"{heads} attention heads and {keys} key heads"
-    elif shape.hidden_size // tensor_parallel % size:
-        fault = f"o_proj's {shape.hidden_size} inputs in groups of {size}"
+def check_split(checkpoint: Checkpoint, quantization: QuantizationConfig, tensor_parallel: int) -> None:
+    """Raise ConfigurationError if attention does not split over the GPUs, because padding the MLP cannot help then."""
+    config = checkpoint.model_config
+    heads, kv_heads, group_size = config.num_attention_heads, config.num_key_value_heads, quantization.group_size
+    if heads % tensor_parallel or (kv_heads % tensor_parallel and tensor_parallel % kv_heads):
+        problem = f"{heads} attention heads and {kv_heads} key-value heads"
+    elif config.hidden_size // tensor_parallel % max(group_size, 1):
+        problem = f"o_proj's {config.hidden_size} inputs in groups of {group_size}"
     else:
         return
-    raise PlanError(
-        f"{checkpoint.name}: {fault} do not split over {tensor_parallel} GPUs, whatever the MLP's width; choose "
+    raise ConfigurationError(
+        f"{checkpoint.name}: {problem} do not split over {tensor_parallel} GPUs for any intermediate_size; choose "
         "another --tensor-parallel."
     )
 
 
-def added_bytes(before: Architecture, after: Architecture, quantization: Quantization) -> int:
-    """Bytes that a wider MLP adds in all blocks."""
+def added_bytes(checkpoint: Checkpoint, padded: Checkpoint) -> int:
+    """Bytes that padding adds to all blocks."""
+    quantization = check_gptq(checkpoint)
     old, new = (
-        sum(quantization.linear_bytes(*each.linear_shape(name)) for name in BLOCK_LINEARS) for each in (before, after)
+        sum(quantization.linear_bytes(*each.model_config.linear_shape(name)) for name in BLOCK_LINEARS)
+        for each in (checkpoint, padded)
     )
-    return (new - old) * before.num_hidden_layers
+    return (new - old) * checkpoint.model_config.num_hidden_layers
 
 
-def check_place(output: Path, nbytes: int) -> None:
-    """Raise PlanError unless `output` can be made and its disk has room."""
+def check_output_and_space(output: Path, nbytes: int) -> None:
+    """Raise ConfigurationError if `output` exists or its disk has less than `nbytes` free."""
     if output.exists():
-        raise PlanError(f"{output} exists; remove it, or choose another --output.")
-    check_room(output.absolute(), nbytes, "free some, or choose an --output on another disk")
+        raise ConfigurationError(f"{output} exists; remove it or choose another --output.")
+    check_free_space(output.absolute(), nbytes, "free some space or choose an --output on another disk")
 
 
-def write_shards(writer: Writer, checkpoint: Checkpoint, console: Console) -> dict[str, str]:
-    """Every tensor, index, configuration and tokenizer; sha256 by name of the shards."""
-    count, size = checkpoint.architecture.num_hidden_layers, writer.source.architecture.intermediate_size
+def write_checkpoint(
+    directory: Path, checkpoint: Checkpoint, padded: Checkpoint, tensor_parallel: int, console: Console
+) -> None:
+    """Write shards, reports and manifest to `directory`, then validate the checkpoint."""
+    shards = write_shards(CheckpointWriter(directory, padded, check_gptq(checkpoint)), checkpoint, console)
+    sizes = {
+        "tensor_parallel": tensor_parallel,
+        "before": checkpoint.model_config.intermediate_size,
+        "after": padded.model_config.intermediate_size,
+    }
+    copy_reports(checkpoint, directory, sizes)
+    manifest = {"schema": 1, "model": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
+    text = json.dumps(manifest | sizes | {"shards": shards}, indent=1) + "\n"
+    write_file_atomically(directory / MANIFEST_FILE, text)
+    open_checkpoint(directory)  # validates every header and shape, and the head
+
+
+def write_shards(writer: CheckpointWriter, checkpoint: Checkpoint, console: Console) -> dict[str, str]:
+    """Write all tensors, index, config and tokenizer. Return the sha256 of each shard by file name."""
+    count, size = checkpoint.model_config.num_hidden_layers, writer.source.model_config.intermediate_size
     shards = dict([writer.write_embedding()])
     blocks = read_blocks(checkpoint)
     for index, block in track(
@@ -185,14 +227,14 @@ def write_shards(writer: Writer, checkpoint: Checkpoint, console: Console) -> di
     return shards
 
 
-def write_evidence(checkpoint: Checkpoint, output: Path, sizes: dict[str, int]) -> None:
-    """Reports and reference scores as they were, and a model card with what was done."""
-    for name in EVIDENCE:
+def copy_reports(checkpoint: Checkpoint, output: Path, sizes: dict[str, int]) -> None:
+    """Copy reports and reference scores unchanged, and the model card with a section on the export."""
+    for name in COPIED_FILES:
         if (checkpoint.directory / name).is_file():
-            write_whole(output / name, (checkpoint.directory / name).read_bytes())
-    card = checkpoint.directory / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {checkpoint.name}\n"
-    write_whole(output / "README.md", text + CARD.format(**sizes))
+            write_file_atomically(output / name, (checkpoint.directory / name).read_bytes())
+    model_card = checkpoint.directory / "README.md"
+    text = model_card.read_text(encoding="utf-8") if model_card.is_file() else f"# {checkpoint.name}\n"
+    write_file_atomically(output / "README.md", text + CARD_SECTION.format(**sizes))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A GPTQ block with a wider MLP that computes the same: gate and up give 0 on the new width, and down ignores it.
+"""Pad the MLP of a packed GPTQ block to a larger intermediate size without changing its output.
 
-Tensor-parallel engines hand each GPU whole groups of down_proj's inputs, and 29568, the 72B's width, has no two equal
-halves of groups of 128. Stored words keep their bytes; words that mean exactly 0 follow them.
+Tensor-parallel engines give each GPU whole groups of down_proj's inputs. The 72B's 29568 inputs are 231 groups of 128,
+which do not split evenly over two GPUs. Padded weights are exactly 0, and the packed words of existing weights keep
+their bytes.
 """
 
 from __future__ import annotations
@@ -11,22 +12,21 @@ import math
 import torch
 from torch import Tensor
 
-from runtime.packing import gptq_zeros, pack_codes, pack_zeros
-from runtime.quantization import Quantization
+from runtime.checkpoints.quantization_config import QuantizationConfig
+from runtime.kernels.reference import gptq_zeros, pack_codes, pack_zeros
+from runtime.modeling.linear import Tensors
 
-Tensors = dict[str, Tensor]
-
-MARLIN_INPUTS = 128  # that a GPU's share of a linear must be a multiple of, whatever the group
+MARLIN_INPUTS = 128  # Marlin kernels need a multiple of 128 inputs per GPU for every group size
 
 
 def padded_size(size: int, group_size: int, tensor_parallel: int) -> int:
-    """The next intermediate size that gives each of `tensor_parallel` GPUs whole groups and whole Marlin tiles."""
+    """Smallest intermediate size >= `size` that gives each of `tensor_parallel` GPUs whole groups and Marlin tiles."""
     step = math.lcm(MARLIN_INPUTS, max(group_size, 1)) * tensor_parallel
     return -(-size // step) * step
 
 
-def pad_block(block: Tensors, quantization: Quantization, size: int) -> Tensors:
-    """A GPTQ block, named as `Checkpoint.read_block` names it, with an intermediate size of `size`."""
+def pad_block(block: Tensors, quantization: QuantizationConfig, size: int) -> Tensors:
+    """Pad a GPTQ block, named as by `Checkpoint.read_block`, to the intermediate size `size`."""
     padded = dict(block)
     for linear, pad in (("mlp.gate_proj.", pad_outputs), ("mlp.up_proj.", pad_outputs), ("mlp.down_proj.", pad_inputs)):
         tensors = {name.removeprefix(linear): tensor for name, tensor in block.items() if name.startswith(linear)}
@@ -34,11 +34,11 @@ def pad_block(block: Tensors, quantization: Quantization, size: int) -> Tensors:
     return padded
 
 
-def pad_outputs(tensors: Tensors, quantization: Quantization, outputs: int) -> Tensors:
-    """A packed linear with `outputs` outputs, the new ones 0 whatever comes in. It has no bias."""
-    bits, (groups, present) = quantization.bits, tensors["scales"].shape
-    codes = _middle(len(tensors["g_idx"]), outputs - present, bits)
-    zeros = _middle(groups, outputs - present, bits)
+def pad_outputs(tensors: Tensors, quantization: QuantizationConfig, outputs: int) -> Tensors:
+    """Pad a packed linear without bias to `outputs` outputs. The new outputs are always 0."""
+    bits, (num_groups, present) = quantization.bits, tensors["scales"].shape
+    codes = _zero_codes(len(tensors["g_idx"]), outputs - present, bits)
+    zeros = _zero_codes(num_groups, outputs - present, bits)
     return tensors | {
         "qweight": torch.cat([tensors["qweight"], pack_codes(codes, bits)], 1),
         "qzeros": torch.cat([tensors["qzeros"], pack_zeros(zeros, bits, quantization.checkpoint_format)], 1),
@@ -46,13 +46,13 @@ def pad_outputs(tensors: Tensors, quantization: Quantization, outputs: int) -> T
     }
 
 
-def pad_inputs(tensors: Tensors, quantization: Quantization, inputs: int) -> Tensors:
-    """A packed linear with `inputs` inputs, of which it ignores the new ones.
+def pad_inputs(tensors: Tensors, quantization: QuantizationConfig, inputs: int) -> Tensors:
+    """Pad a packed linear to `inputs` inputs. The weights of the new inputs are 0.
 
-    A group that is short is filled first: under its own scales, a code is 0 if it equals the group's zero.
+    A short last group is filled first, with codes equal to its zero points; the other new groups have scale 0.
     """
-    bits, stored_as, (groups, outputs) = quantization.bits, quantization.checkpoint_format, tensors["scales"].shape
-    more = _middle(quantization.groups(inputs) - groups, outputs, bits)
+    bits, stored_as, (num_groups, outputs) = quantization.bits, quantization.checkpoint_format, tensors["scales"].shape
+    more = _zero_codes(quantization.num_groups(inputs) - num_groups, outputs, bits)
     zeros = torch.cat([gptq_zeros(tensors["qzeros"], bits, stored_as), more])
     group_size = inputs if quantization.group_size == -1 else quantization.group_size
     g_idx = torch.arange(len(tensors["g_idx"]), inputs, dtype=torch.int32) // group_size
@@ -64,6 +64,6 @@ def pad_inputs(tensors: Tensors, quantization: Quantization, inputs: int) -> Ten
     }
 
 
-def _middle(rows: int, columns: int, bits: int) -> Tensor:
-    """The code that symmetric readers take for 0; its scale is 0 too, for those that take another."""
+def _zero_codes(rows: int, columns: int, bits: int) -> Tensor:
+    """Codes that symmetric readers dequantize to 0. Their scale is 0 as well, for readers that use another zero."""
     return torch.full((rows, columns), 1 << (bits - 1), dtype=torch.uint8)

@@ -16,7 +16,7 @@ __all__ = ["Comparison", "Scorer"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the scorer when it is asked for, so that light modules stay light to import."""
+    """Import the scorer on first access, so that light modules such as `runtime.common` import without torch."""
     if name in __all__:
         from runtime import scorer
 

@@ -1,182 +1,127 @@
-"""Compare scores computed here and now with reference scores: `python -m runtime.parity MODEL`.
-
-`parity` is the story; `runtime.command` handles how a run can end.
-"""
+"""Command line of the parity command, `python -m runtime.parity`."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
-from argparse import Namespace
-from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
-from pydantic import JsonValue
-from rich.console import Console
+from runtime.common.command import make_parser, run_command
+from runtime.evaluation.report import Thresholds
+from runtime.evaluation.run import RESUME_HINT, ParityOptions, run
+from runtime.options import ModelOptions, add_model_arguments
 
-from runtime.command import run_command
-from runtime.errors import PlanError
-from runtime.figures import spread
-from runtime.golden import PUBLISHED, GoldenResult, usual_tolerance
-from runtime.machine_arguments import plan_scorer
-from runtime.parity_arguments import parse
-from runtime.parity_pairs import FILE_NAME as PAIRS_FILE
-from runtime.parity_pairs import Selection, read_pairs, select_pairs, stored_pairs
-from runtime.parity_report import ParityReport, Thresholds, measure_parity
-from runtime.reference import FILE_NAME as REFERENCE_FILE
-from runtime.scored_pair import PairScores, Scores
-from runtime.side_by_side import Result, print_results, report_directories, summarise, write_results
-from runtime.variant import Variant, open_variants
-from runtime.variant_run import Run, Yardstick, run_variant
+DESCRIPTION = """\
+Compare the scores of reward models with reference scores, and report how much they differ.
 
-WAY_ON = "no report was written; the same command starts again."
+For a quantized model the reference scores come from the model it was made from. They are stored beside it, so the
+16-bit model is not needed. Use this command after moving a model to other hardware, changing the dtype or updating,
+to check that its rankings and scores still match. Several models are compared on the same pairs.
+"""
+
+EXAMPLES = """\
+reference scores:
+  reference_scores.json   beside a model that worldpm-kit quantized: scores of the original model, keyed by a hash of
+                          each conversation's tokens. Pairs without stored scores, and pairs that the model was
+                          calibrated on, are left out and counted
+  --reference MODEL       any other checkpoint, which is scored first; works for pairs without stored scores
+  --golden                the two scores on WorldPM-72B's model card; for that checkpoint, or one made from it
+
+pairs:
+  parity_pairs.jsonl      beside a model that worldpm-kit quantized: the held-out pairs it was compared on
+  --pairs FILE            other pairs, as JSONL or JSON (also .gz) or Parquet, one per row; responses may be lists of
+                          messages, and the prompt may be part of them, as in TRL:
+                          {"prompt": "...", "chosen": "...", "rejected": "..."}
+
+examples:
+  python -m runtime.parity output/demo-gptq-4bit
+  python -m runtime.parity output/demo-gptq-4bit --reference demo --pairs my-pairs.jsonl --output reports
+  python -m runtime.parity demo-gptq-4bit demo-gptq-8bit demo-nf4 --max-shift 0.2
+  python -m runtime.parity worldpm-72b-gptq-4bit --golden
+
+exit status: 0 all limits are met; 1 a threshold or a golden score is missed; 2 an error, explained by the message;
+130 stopped
+"""
+
+
+def parse(argv: list[str] | None = None) -> ParityOptions:
+    """Parse the arguments.
+
+    Raises:
+        ConfigurationError: a value is invalid.
+    """
+    arguments = _parser().parse_args(argv)
+    return ParityOptions(
+        models=arguments.models,
+        pairs=arguments.pairs,
+        reference=arguments.reference,
+        golden=arguments.golden,
+        tolerance=arguments.tolerance,
+        thresholds=Thresholds(min_agreement=arguments.min_agreement, max_shift=arguments.max_shift),
+        output=arguments.output,
+        print_json=arguments.json,
+        model_options=ModelOptions.from_arguments(arguments),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("python -m runtime.parity", DESCRIPTION, EXAMPLES)
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="a directory, a hub id such as Qwen/WorldPM-72B, or `demo`"
+    )
+    _add_reference(parser.add_argument_group("reference"))
+    _add_report(parser.add_argument_group("report"))
+    add_model_arguments(parser.add_argument_group("machine"))
+    return parser
+
+
+def _add_reference(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--pairs",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help="preference pairs to compare on (default: the parity_pairs.jsonl beside the models)",
+    )
+    group.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="a checkpoint to score first and compare with (default: the scores stored beside each model)",
+    )
+    group.add_argument(
+        "--golden", action="store_true", help="also compare with the scores published on WorldPM-72B's model card"
+    )
+    group.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="T",
+        help="largest accepted absolute difference from a golden score (default: 0.001 in float32, 0.05 in bfloat16, "
+        "0.15 at 8 bits, 0.5 at 4 bits)",
+    )
+
+
+def _add_report(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--min-agreement", type=float, metavar="P", help="exit 1 if pair agreement is below P (0 to 1)")
+    group.add_argument(
+        "--max-shift",
+        type=float,
+        metavar="S",
+        help="exit 1 if the mean absolute shift exceeds S standard deviations of the reference scores",
+    )
+    group.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write parity.html, parity.json and parity.junit.xml to DIR (several models: to a subdirectory each), "
+        "and side_by_side.json to DIR (default: write nothing)",
+    )
+    group.add_argument("--json", action="store_true", help="print the metrics as one JSON line on standard output")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run_command(parse, parity, lambda _: WAY_ON, argv)
-
-
-def parity(arguments: Namespace, console: Console) -> int:
-    """The whole story: look at everything, score with the reference and each model, compare, say what came of it."""
-    # 1. Look at models, pairs and the place for reports, before anything heavy happens.
-    opened = open_variants([*arguments.models, *([arguments.reference] if arguments.reference else [])])
-    models, reference = opened[: len(arguments.models)], opened[-1] if arguments.reference else None
-    places = report_directories(arguments.output, models) if arguments.output else {}
-    selection = choose_pairs(arguments, models, reference)
-    for model in models:
-        plan_scorer(model.checkpoint, arguments)  # what cannot be computed is refused before another has been
-
-    # 2. Score with the reference, unless its scores are stored.
-    measured = None
-    if reference is not None:
-        console.print(f"{reference.source}: scoring {2 * len(selection.pairs):,} conversations, as the reference")
-        measured = Yardstick.measured(reference, run_variant(reference, selection, for_reference(arguments)))
-
-    # 3. Score with each model, one at a time in memory, and compare.
-    results = [examine(model, selection, measured, arguments, console) for model in models]
-
-    # 4. Say what came of it.
-    print_results(results, console)
-    if arguments.output:
-        for path in write_results(results, arguments.output, places):
-            console.print(f"wrote {path}")
-    if arguments.json:
-        print(json.dumps(summarise(results)))
-    return 0 if all(result.passed for result in results) else 1
-
-
-def for_reference(arguments: Namespace) -> Namespace:
-    """The same, but for fp8, which is a trait of what is compared."""
-    return Namespace(**vars(arguments) | {"dtype": "auto"}) if arguments.dtype == "fp8" else arguments
-
-
-def choose_pairs(arguments: Namespace, models: Sequence[Variant], reference: Variant | None) -> Selection:
-    """The pairs to compare on, which are none where golden scores alone were asked for.
-
-    Raises:
-        PlanError: there is nothing to compare a model with, or no pairs to do it on.
-        ConversationError: the pairs cannot be read, or not one is of use.
-    """
-    paths = arguments.pairs or stored_pairs(models)
-    if not paths and arguments.golden and reference is None:
-        if not any(model.golden for model in models):
-            names = ", ".join(model.label for model in models)
-            raise PlanError(f"{GoldenResult(model=names).sentence()}; compare on --pairs.")
-        return Selection([], {}, {})
-    if not paths:
-        raise PlanError(f"no --pairs were given, and no model has a {PAIRS_FILE} beside it; name a file of pairs.")
-    for model in models:
-        if reference is None and model.stored is None:
-            raise PlanError(
-                f"{model.checkpoint.directory} has no {REFERENCE_FILE}, which quantizing writes; name a --reference to "
-                f"compare {model.label} with."
-            )
-    return select_pairs(read_pairs(paths), models, reference)
-
-
-def examine(
-    model: Variant, selection: Selection, measured: Yardstick | None, arguments: Namespace, console: Console
-) -> Result:
-    """Score with one model, and hold its scores against the reference's and the published ones."""
-    has_golden = arguments.golden and model.golden is not None
-    if not selection.pairs and not has_golden:
-        return Result(model, None, GoldenResult(model=model.label))
-    console.print(f"{model.label}: scoring {2 * (len(selection.pairs) + has_golden):,} conversations")
-    run = run_variant(model, selection, arguments, golden=has_golden)
-    golden = judge(model, run, arguments.tolerance) if arguments.golden else None
-    if not selection.pairs:
-        return Result(model, None, golden)
-    yardstick = measured or Yardstick.stored(model, selection)
-    thresholds = Thresholds(min_agreement=arguments.min_agreement, max_shift=arguments.max_shift)
-    return Result(model, compare(model, run, yardstick, selection, golden, arguments.devices, thresholds), golden)
-
-
-def judge(model: Variant, run: Run, tolerance: float | None) -> GoldenResult:
-    """Hold the model card's example against its published scores, where there are any for this model."""
-    if model.golden is None or run.golden is None:
-        return GoldenResult(model=model.label)
-    if tolerance is None:
-        tolerance = usual_tolerance(run.products, model.checkpoint.quantization)
-    published = PUBLISHED[model.golden]
-    return GoldenResult(
-        model=model.label, name=model.golden, published=published, scores=run.golden, tolerance=tolerance
-    )
-
-
-def compare(
-    model: Variant,
-    run: Run,
-    yardstick: Yardstick,
-    selection: Selection,
-    golden: GoldenResult | None,
-    devices: str,
-    thresholds: Thresholds = Thresholds(),  # noqa: B008 (frozen)
-) -> ParityReport:
-    """The parity report of one model on the selected pairs; `devices` is what it ran on, in words."""
-    floors: Sequence[Scores | None] = yardstick.noise_floor or [None] * len(selection.pairs)
-    pairs = [
-        PairScores(
-            id=pair.id,
-            category=pair.category,
-            prompt=pair.prompt,
-            chosen=pair.chosen,
-            rejected=pair.rejected,
-            reference=reference,
-            quantized=scores,
-            noise_floor=floor,
-        )
-        for pair, reference, scores, floor in zip(selection.pairs, yardstick.scores, run.scores, floors, strict=True)
-    ]
-    here: dict[str, JsonValue] = {"devices": devices, "arithmetic": run.arithmetic}
-    here["token_budget"] = run.token_budget
-    golden_notes = [golden.sentence()] if golden else []
-    return measure_parity(
-        pairs,
-        model.subject(yardstick.name, yardstick.dtype, {"here": here}),
-        notes=[*selection.notes[model.label], *_stranger(model, yardstick), *_drift(model, pairs), *golden_notes],
-        thresholds=thresholds,
-    )
-
-
-def _stranger(model: Variant, yardstick: Yardstick) -> list[str]:
-    if model.stored is None or model.stored.fingerprint == yardstick.fingerprint:
-        return []
-    return [f"it was made from {model.stored.model}, which is not the checkpoint it is compared with here"]
-
-
-def _drift(model: Variant, pairs: Sequence[PairScores]) -> list[str]:
-    """How far scores are from those of the same model when it was quantized, on another machine perhaps."""
-    then = {pair.id: pair.quantized for pair in model.report.scores} if model.report else {}
-    both = [(pair.quantized, then[pair.id]) for pair in pairs if pair.id in then]
-    unit = spread(np.array([pair.reference for pair in pairs]))
-    if not both or not unit:
-        return []
-    here, before = np.array(both).swapaxes(0, 1)
-    return [
-        f"its scores are within {np.abs(here - before).max() / unit:.2g} sd of those in its own parity.json, "
-        f"on {len(both):,} pairs"
-    ]
+    return run_command(parse, run, lambda _: RESUME_HINT, argv)
 
 
 if __name__ == "__main__":

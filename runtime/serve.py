@@ -1,94 +1,88 @@
-"""The page and the API: `python app.py --model worldpm-72b-gptq-4bit`.
-
-`serve` is the story; `runtime.command` handles how a run can end.
-"""
+"""Run the server: `python app.py --model worldpm-72b-gptq-4bit` serves the page and the HTTP API."""
 
 from __future__ import annotations
 
 import logging
-import socket
 import sys
-from argparse import Namespace
 
-from fastapi import FastAPI
-from rich.console import Console
+try:
+    from fastapi import FastAPI
+    from rich.console import Console
 
-from runtime.api import journal
-from runtime.api.application import make_api
-from runtime.api.key import read_key
-from runtime.api.loading import Loading
-from runtime.api.server import Server, listen
-from runtime.api.service import Service
-from runtime.command import run_command
-from runtime.errors import KitError
-from runtime.serve_arguments import limits_of, parse
+    from runtime.api import json_log
+    from runtime.api.access import read_key
+    from runtime.api.application import make_api
+    from runtime.api.options import ServeOptions, parse
+    from runtime.api.server import Server, listen
+    from runtime.api.service import ModelLoader, Service
+    from runtime.common.command import run_command
+    from runtime.common.errors import KitError
+except ModuleNotFoundError as missing:
+    print(f"error: {missing.name} is not installed; run pip install -c constraints.txt -e '.[serve]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
-LOADING_SECONDS = 10  # for the thread that loads to notice that all ends
+LOADER_STOP_SECONDS = 10  # for the loading thread to end after `stop`
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run_command(parse, serve, lambda _: "nothing was served yet.", argv)
+    return run_command(parse, run, lambda _: "nothing was served yet.", argv)
 
 
-def serve(arguments: Namespace, console: Console) -> int:
-    """The whole story: take the port, answer at once, load meanwhile, stop in order."""
-    if not arguments.model:
-        console.print("No --model given, so this is the embedded demo. The real one: --model worldpm-72b-gptq-4bit")
+def run(options: ServeOptions, console: Console) -> int:
+    """Serve until a signal stops the server; return 2 if loading a model failed, else 0.
 
-    # 1. Take key and port, before anything heavy happens.
-    key = read_key(arguments.api_key_file, console) if arguments.api_key_file else None
-    listener = listen(arguments.host, arguments.port)
+    Raises:
+        ConfigurationError: the key file is invalid, or the port cannot be opened.
+        KitError: the page cannot be imported.
+    """
+    if not options.models:
+        console.print("No --model given: serving the bundled demo. The 72B model: --model worldpm-72b-gptq-4bit")
+
+    # 1. Read the key and open the port, so that their errors come before models load.
+    key = read_key(options.api_key_file, console) if options.api_key_file else None
+    listener = listen(options.host, options.port)
     port = listener.getsockname()[1]
 
-    # 2. Make API and page, over models that are still to come.
-    logging.basicConfig(handlers=[journal.JournalHandler()], level=logging.WARNING)
-    service = Service(arguments.queue_tokens)
+    # 2. Build the application; the service has no models yet.
+    logging.basicConfig(handlers=[json_log.JsonLogHandler()], level=logging.WARNING)
+    service = Service(options.queue_tokens)
     api = make_api(
         service,
-        limits_of(arguments),
+        options.limits,
         key,
-        hosts=hosts_of(arguments),
-        cors_origins=arguments.cors_origin,
-        log_text=arguments.log_text,
+        hosts=options.host_names(),
+        cors_origins=options.cors_origins,
+        log_text=options.log_text,
     )
-    if not arguments.no_page:
-        api = add_page(api, service)
+    if options.show_page:
+        api = _add_page(api, service)
 
-    # 3. Load in a thread of its own, and answer meanwhile.
-    loading = Loading(service, arguments)
-    loading.start()
-    shown = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    what = "the API alone" if arguments.no_page else "the page"
-    console.print(f"http://{shown}:{port}  {what}; /docs explains the API; Ctrl-C stops")
-    journal.write("serving", host=arguments.host, port=port)
+    # 3. Load the models in a thread while the server runs.
+    loader = ModelLoader(service, options.models, options.model_options)
+    loader.start()
+    url_host = f"[{options.host}]" if ":" in options.host else options.host
+    served = "the page" if options.show_page else "the API only"
+    console.print(f"http://{url_host}:{port}  {served}; API documentation at /docs; Ctrl-C stops")
+    json_log.write("serving", host=options.host, port=port)
     Server(api).run(sockets=[listener])
 
-    # 4. Everything that was accepted is answered.
-    loading.stop()
-    loading.join(LOADING_SECONDS)
+    # 4. The server has stopped; end loading and the scoring thread.
+    loader.stop()
+    loader.join(LOADER_STOP_SECONDS)
     service.close()
-    journal.write("stopped")
+    json_log.write("stopped")
     return 2 if service.failure else 0
 
 
-def hosts_of(arguments: Namespace) -> set[str] | None:
-    """Names under which the server may be asked, beside addresses; None for any."""
-    if arguments.insecure:
-        return None
-    return {"localhost", arguments.host, socket.gethostname(), *arguments.allowed_host}
-
-
-def add_page(api: FastAPI, service: Service) -> FastAPI:
-    """The page at `/`, beside the API.
-
-    Raises:
-        KitError: this installation has no page.
-    """
+def _add_page(api: FastAPI, service: Service) -> FastAPI:
     try:
-        from runtime.page import mount_page  # here, since the API alone needs none of it
+        from runtime.page import mount_page  # imported only here, because the API alone does not need gradio
     except ModuleNotFoundError as error:
-        raise KitError(f"the page cannot be made, as {error.name} is missing; install it, or say --no-page.") from error
+        raise KitError(
+            f"the page needs {error.name}, which is not installed; run pip install -c constraints.txt -e '.[serve]', "
+            "or add --no-page."
+        ) from error
     return mount_page(api, service)
 
 

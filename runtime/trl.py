@@ -7,39 +7,39 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.chat import Rendered
-from runtime.conversation import Message
-from runtime.devices import Memory, Names
-from runtime.errors import ConversationError, NonFiniteError
-from runtime.policy_text import read_policy_text
+from runtime.common.errors import ConversationError, NonFiniteError
+from runtime.conversations.conversation import ChatMessage
+from runtime.conversations.policy_transcripts import read_policy_text
+from runtime.conversations.rendering import RenderedConversation
+from runtime.execution.devices import DeviceNames, MemoryLimits
 from runtime.scorer import Scorer
 
 RewardFunction = Callable[..., list[float | None]]
-"""`(prompts, completions, **columns)`, called by name, one reward a completion; None where there is none."""
+"""`(prompts, completions, **columns)`, called with keywords; one reward per completion, None if it cannot be scored."""
 
 
 def reward_function(
     model: str | Path | Scorer = "demo",
     *,
-    devices: Names = "auto",
-    memory: Memory | None = None,
+    devices: DeviceNames = "auto",
+    memory: MemoryLimits | None = None,
     dtype: str = "auto",
     truncate: bool = False,
 ) -> RewardFunction:
-    """Load a reward model, and return a function that scores completions with it.
+    """Load a reward model and return a reward function for TRL.
 
-    Prompts and completions are text, where a prompt in the policy's template is parsed back into turns, or messages. A
-    completion that cannot be scored, such as a blank one or one after a tool's turn, gets None, and a warning says why.
+    Prompts and completions may be messages or text. Text in the policy's chat template is parsed back into messages. A
+    completion that cannot be scored, such as a blank one or one after a tool message, gets None and a warning.
 
     Args:
-        model: as `Scorer.from_pretrained` takes it, or a scorer that is loaded already.
-        devices: `auto` takes what it finds; name one that the policy leaves free.
-        memory, dtype: as `Scorer.from_pretrained` takes them.
-        truncate: drop whole oldest turns of a conversation that is too long, rather than give it None.
+        model: a source for `Scorer.from_pretrained`, or a loaded scorer.
+        devices: as in `Scorer.from_pretrained`. `auto` may pick a GPU that the policy uses; name a free one.
+        memory, dtype: as in `Scorer.from_pretrained`.
+        truncate: drop the oldest whole turns of a conversation that is too long; otherwise it gets None.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
-        PlanError: as `Scorer.from_pretrained`.
+        ConfigurationError: as `Scorer.from_pretrained`.
     """
     if isinstance(model, Scorer):
         scorer = model
@@ -47,47 +47,47 @@ def reward_function(
         scorer = Scorer.from_pretrained(model, devices=devices, memory=memory, dtype=dtype)
 
     def worldpm_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        rendered: dict[int, Rendered] = {}
-        faults: list[str] = []
+        rendered: dict[int, RenderedConversation] = {}
+        error_messages: list[str] = []
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             where = f"completions[{row}]"
             try:
-                turns = _conversation(prompt, completion, where)
+                turns = _to_messages(prompt, completion, where)
                 rendered[row] = scorer.renderer.render(turns, truncate=truncate, where=where)
-            except ConversationError as fault:
-                faults.append(str(fault))
-        rewards = _rewards(scorer, rendered, faults)
-        if faults:
-            count = f"{len(faults)} of {len(completions)} completions"
-            warnings.warn(f"{count} cannot be scored; the first: {faults[0]}", RuntimeWarning, stacklevel=2)
+            except ConversationError as error:
+                error_messages.append(str(error))
+        rewards = _rewards(scorer, rendered, error_messages)
+        if error_messages:
+            count = f"{len(error_messages)} of {len(completions)} completions"
+            warnings.warn(f"{count} cannot be scored; the first: {error_messages[0]}", RuntimeWarning, stacklevel=2)
         return [rewards.get(row) for row in range(len(completions))]
 
     return worldpm_reward
 
 
-def _rewards(scorer: Scorer, rendered: dict[int, Rendered], faults: list[str]) -> dict[int, float]:
-    """By row; without those whose score is not finite, which are found by scoring each alone."""
+def _rewards(scorer: Scorer, rendered: dict[int, RenderedConversation], error_messages: list[str]) -> dict[int, float]:
+    """Finite scores by row. If any score is not finite, each row is scored alone to find it."""
     try:
         return dict(zip(rendered, scorer.scores(list(rendered.values())), strict=True))
-    except NonFiniteError as fault:
+    except NonFiniteError as error:
         if len(rendered) == 1:
-            faults.append(f"completions[{next(iter(rendered))}]: {fault}")
+            error_messages.append(f"completions[{next(iter(rendered))}]: {error}")
             return {}
-    return {row: score for row in rendered for score in _rewards(scorer, {row: rendered[row]}, faults).values()}
+    return {row: score for row in rendered for score in _rewards(scorer, {row: rendered[row]}, error_messages).values()}
 
 
-def _conversation(prompt: Any, completion: Any, where: str) -> list[Message]:
-    """Turns as the trainer gave them, to be checked when they are rendered."""
+def _to_messages(prompt: Any, completion: Any, where: str) -> list[ChatMessage]:
+    """Messages of one prompt and completion; the renderer validates them."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return read_policy_text(prompt + completion, prompt, where)
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
     every: list[Any] = [*turns, *answer]
-    return [{"role": turn.get("role"), "content": _text(turn.get("content"))} for turn in every]
+    return [{"role": turn.get("role"), "content": _content_text(turn.get("content"))} for turn in every]
 
 
-def _text(content: Any) -> Any:
-    """Of a content in parts, the text; anything else as it is, for the renderer to refuse."""
+def _content_text(content: Any) -> Any:
+    """Join a list of text parts; return anything else unchanged, for the renderer to reject."""
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         return "".join(part["text"] for part in content)
     return content

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from runtime.api.service import Service
-from tests.browser import browser
-from tests.served import serve
-from tests.tiny import write_tiny_checkpoint
+from tests.helpers.browser import browser
+from tests.helpers.served import serve
+from tests.helpers.tiny import write_tiny_checkpoint
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _wait_for_nobody() -> Iterator[None]:
-    """No test pulls the plug, so fsync would only cost time; threads over tiny matrices do, on a busy machine."""
+def _no_fsync_and_one_thread() -> Iterator[None]:
+    """For speed: tests/common/test_fsync.py records fsync calls, and tiny matrices gain nothing from threads."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
@@ -45,7 +45,7 @@ def damaged(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def page_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny model packed in 4 bits with its report, and the model itself."""
-    from tests.page_server import make_models  # here and below, since importing the page takes seconds
+    from tests.helpers.page_server import make_models  # here and below, since importing the page takes seconds
 
     return make_models(tmp_path_factory.mktemp("page"))
 
@@ -53,7 +53,7 @@ def page_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def page_service(page_models: tuple[Path, Path]) -> Iterator[Service]:
     """Both, served."""
-    from tests.page_server import load
+    from tests.helpers.page_server import load
 
     service = load(Service(), page_models)
     yield service
@@ -63,7 +63,7 @@ def page_service(page_models: tuple[Path, Path]) -> Iterator[Service]:
 @pytest.fixture(scope="session")
 def page_url(page_service: Service) -> Iterator[str]:
     """The page's address."""
-    from tests.page_server import serving
+    from tests.helpers.page_server import serving
 
     with serving(page_service) as url:
         yield url

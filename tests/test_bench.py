@@ -1,4 +1,4 @@
-"""The command that measures speed: what it scores and counts, what it prints, how it ends."""
+"""The speed benchmark command: its rows, figures, output and exit status."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.batching import pack
-from runtime.bench import main
-from runtime.bench_arguments import parse
-from runtime.bench_rows import made_up_rows, rows_of_file
-from runtime.chat import Renderer
-from runtime.errors import ConversationError
+from runtime.bench.__main__ import main, parse
+from runtime.bench.rows import generate_rows, load_rows_from_file
+from runtime.common.errors import ConversationError
+from runtime.conversations.rendering import Renderer
+from runtime.modeling.packed_batch import pack_batches
+from runtime.options import ModelOptions
 from runtime.scorer import Scorer
-from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
-from tests.tiny_score import mixed_rows, write_jsonl
+from tests.helpers.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.helpers.tiny_score import mixed_rows, write_jsonl
 
 
 @pytest.fixture(autouse=True)
 def _measure_quickly(monkeypatch):
-    monkeypatch.setattr("runtime.bench.PEAK_SECONDS", 0.01)
+    monkeypatch.setattr("runtime.bench.__main__.PEAK_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -39,48 +39,52 @@ def bench(model: Path, *more: str | Path) -> int:
     return main([*map(str, more), "--model", str(model), "--devices", "cpu", "--dtype", "float32", "--rounds", "2"])
 
 
-# ---- what is scored -------------------------------------------------------------------------------------
+# ---- rows -----------------------------------------------------------------------------------------------
 
 
 def test_made_up_rows_are_pairs_of_mixed_lengths_and_always_the_same(renderer):
-    rows = made_up_rows(20, renderer)
-    assert len(rows) == 40 and rows == made_up_rows(20, renderer) and rows[:10] == made_up_rows(5, renderer)
+    rows = generate_rows(20, renderer)
+    assert len(rows) == 40 and rows == generate_rows(20, renderer) and rows[:10] == generate_rows(5, renderer)
     lengths = [len(row.token_ids) for row in rows]
     assert max(lengths) > 3 * min(lengths)
-    whole, shared = sum(lengths), sum(batch.tokens for batch in pack(rows, 10**6))
+    whole, shared = sum(lengths), sum(batch.tokens for batch in pack_batches(rows, 10**6))
     assert shared < 0.85 * whole  # the two of a pair begin alike
     assert len({tuple(row.token_ids) for row in rows}) == 40
 
 
 @pytest.mark.parametrize("positions", [400, 1024, 4096])
 def test_made_up_rows_fit_the_model(positions):
-    rows = made_up_rows(50, Renderer(tiny_tokenizer(), CHAT_TEMPLATE, positions))
+    rows = generate_rows(50, Renderer(tiny_tokenizer(), CHAT_TEMPLATE, positions))
     assert max(len(row.token_ids) for row in rows) > positions / 8
 
 
 def test_rows_of_a_file_are_those_that_can_be_scored(renderer, rows_file, tmp_path):
-    rows, errors = rows_of_file(str(rows_file), 10, renderer)
+    rows, errors = load_rows_from_file(str(rows_file), 10, renderer)
     scored = [row for number, row in enumerate(mixed_rows(40)[:10]) if number % 7 != 3]
     assert errors == 1
     assert len(rows) == sum(2 if "chosen" in row else len(row.get("responses", [1])) for row in scored)
     with pytest.raises(ConversationError, match="broken.jsonl:1: not JSON"):
-        rows_of_file(str(write_jsonl(tmp_path / "broken.jsonl", ["{"])), 9, renderer)
+        load_rows_from_file(str(write_jsonl(tmp_path / "broken.jsonl", ["{"])), 9, renderer)
     with pytest.raises(ConversationError, match="empty.jsonl has no rows"):
-        rows_of_file(str(write_jsonl(tmp_path / "empty.jsonl", [])), 9, renderer)
+        load_rows_from_file(str(write_jsonl(tmp_path / "empty.jsonl", [])), 9, renderer)
 
 
-# ---- what is printed ------------------------------------------------------------------------------------
+# ---- output ---------------------------------------------------------------------------------------------
 
 
 def test_json_is_one_line_that_counts_what_was_scored(tiny_checkpoint, rows_file, renderer, capfd):
     assert bench(tiny_checkpoint, rows_file, "--rows", "15", "--token-budget", "500", "--json") == 0
     said = capfd.readouterr()
     figures = json.loads(said.out)
-    rows, errors = rows_of_file(str(rows_file), 15, renderer)
+    rows, errors = load_rows_from_file(str(rows_file), 15, renderer)
     assert said.err == "" and figures["errors"] == errors == 2
     assert figures["conversations"] == len(rows)
     assert figures["rendered_tokens"] == sum(len(row.token_ids) for row in rows)
-    assert figures["computed_tokens"] == sum(batch.tokens for batch in pack(rows, 500)) < figures["rendered_tokens"]
+    assert (
+        figures["computed_tokens"]
+        == sum(batch.tokens for batch in pack_batches(rows, 500))
+        < figures["rendered_tokens"]
+    )
     assert len(figures["seconds"]) == 2 and figures["token_budget"] == 500
     assert (figures["devices"], figures["dtype"], figures["threads"]) == (["cpu"], "float32", torch.get_num_threads())
     assert figures["first_score_seconds"] > figures["load_seconds"] > 0
@@ -103,27 +107,27 @@ def test_every_round_scores_every_row(tiny_checkpoint, monkeypatch):
     assert calls == [1, 6, 6]
 
 
-# ---- how it ends ----------------------------------------------------------------------------------------
+# ---- errors and help ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--rows", "0"), "--rows is 0; at least 1"),
-        (("--rounds", "0"), "--rounds is 0; at least 1"),
+        (("--rows", "0"), "--rows is 0; it must be at least 1"),
+        (("--rounds", "0"), "--rounds is 0; it must be at least 1"),
         (("--token-budget", "0"), "--token-budget is 0"),
         (("nothing.jsonl",), "nothing.jsonl cannot be read"),
     ],
 )
-def test_what_cannot_be_done_is_told_before_the_model_is_loaded(tiny_checkpoint, monkeypatch, capfd, more, message):
-    monkeypatch.setattr(Scorer, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+def test_invalid_arguments_are_errors_before_the_model_is_loaded(tiny_checkpoint, monkeypatch, capfd, more, message):
+    monkeypatch.setattr(ModelOptions, "load", lambda *_: pytest.fail("loaded"))
     assert main(["--model", str(tiny_checkpoint), *more]) == 2
     said = capfd.readouterr().err
     assert said.startswith("error: ") and message in said
 
 
 def test_without_a_model_it_is_the_demo_and_says_so(tiny_checkpoint, monkeypatch, capfd):
-    monkeypatch.setattr("runtime.demo.demo_directory", lambda: tiny_checkpoint)
+    monkeypatch.setattr("runtime.demo.model.demo_directory", lambda: tiny_checkpoint)
     assert main(["--rows", "1", "--rounds", "1", "--devices", "cpu"]) == 0
     assert "this is the embedded demo. The real one: --model Qwen/WorldPM-72B" in capfd.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Scores, wherever the blocks live: the same ones, errors that name their place, and nothing left behind."""
+"""Scores are equal in every placement; errors name block and conversation; no thread or file is left behind."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from runtime import Scorer, streaming
-from runtime.checkpoint import Checkpoint, open_checkpoint
-from runtime.errors import CheckpointError, ConversationError, NonFiniteError, PlanError
-from runtime.placement import make_plan
-from runtime.qwen2 import Block
-from tests.placed import GPTQ4, TOKENS, pack_checkpoint, placements, room, rounds_rows_alike
-from tests.tiny import write_tiny_checkpoint
+from runtime import Scorer
+from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from runtime.common.errors import CheckpointError, ConfigurationError, ConversationError, NonFiniteError
+from runtime.execution import streaming
+from runtime.execution.placement import plan_placement
+from runtime.modeling.qwen2 import Block
+from tests.helpers.placed import GPTQ4, TOKENS, pack_checkpoint, placements, room, rounds_rows_alike
+from tests.helpers.processes import default_sigint
+from tests.helpers.tiny import write_tiny_checkpoint
 
 NAMES = ["kept", "as stored", "a device", "halves", "1 and 5", "thirds", "streamed", "some stay", "one buffer"]
 NAMES += ["from host", "from disk", "dealt"]
@@ -51,8 +53,9 @@ def scorer(tiny_checkpoint) -> Scorer:
     words=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 90)), min_size=2, max_size=9),
     token_budget=st.integers(1, 600),
 )
-def test_order_and_neighbours_change_nothing(tiny_checkpoint, dtype, words, token_budget):
-    """Nor do shared prefixes, and chunks of another size: not one bit."""
+@pytest.mark.slow
+def test_order_and_other_conversations_change_nothing(tiny_checkpoint, dtype, words, token_budget):
+    """Order, other conversations, shared prefixes and chunk sizes are bitwise neutral."""
     scorer = Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype=dtype)
     chunked = Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype=dtype, token_budget=token_budget)
     conversations = [
@@ -94,7 +97,7 @@ def test_a_head_that_overflows_is_an_error_not_a_score(tiny_checkpoint):
 
 
 def test_unknown_dtype_is_refused(tiny_checkpoint):
-    with pytest.raises(PlanError, match="'float16'"):
+    with pytest.raises(ConfigurationError, match="'float16'"):
         Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="float16")
 
 
@@ -121,7 +124,7 @@ CONVERSATIONS = [answer("word " * count) for count in (1, 30, 7, 90, 2, 55, 8, 9
 
 @pytest.fixture(scope="module")
 def expected(six) -> dict[str, torch.Tensor]:
-    """Scores one by one on one device."""
+    """Scores of single conversations on one device."""
     scores = {}
     for model, directory in six.items():
         scorer = placed(directory, "as stored")
@@ -161,14 +164,14 @@ def test_a_nan_names_block_and_conversation_wherever_the_block_is(six, tmp_path,
 
 def test_hidden_states_in_files_give_the_very_scores_of_those_in_memory(six, monkeypatch, tmp_path):
     checkpoint = open_checkpoint(six["gptq"])
-    plan = make_plan(checkpoint, devices="cpu", stream=True, token_budget=TOKENS)
+    plan = plan_placement(checkpoint, devices="cpu", stream=True, token_budget=TOKENS)
     in_memory = Scorer(checkpoint, plan).score(CONVERSATIONS)
     made = []
     monkeypatch.setattr(
         streaming, "TemporaryDirectory", lambda prefix: made.append(TemporaryDirectory(dir=tmp_path)) or made[0]
     )
-    shares = tuple(replace(share, spare=0) for share in plan.shares)
-    in_files = Scorer(checkpoint, replace(plan, shares=shares, host_spare=0)).score(CONVERSATIONS)
+    shares = tuple(replace(share, spare_bytes=0) for share in plan.shares)
+    in_files = Scorer(checkpoint, replace(plan, shares=shares, spare_host_bytes=0)).score(CONVERSATIONS)
     assert torch.equal(in_files, in_memory)
     assert made and not any(tmp_path.iterdir())
 
@@ -176,10 +179,10 @@ def test_hidden_states_in_files_give_the_very_scores_of_those_in_memory(six, mon
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(0, 60_000))
 def test_a_call_is_cut_into_sweeps_that_have_room(sizes, room):
     batches = [SimpleNamespace(tokens=size) for size in sizes]
-    parts = streaming.cut(batches, room)
+    parts = streaming.split_batches(batches, room)
     assert [batch for part in parts for batch in part] == batches and all(parts)
     totals = [sum(batch.tokens for batch in part) for part in parts]
-    if room >= streaming.SWEEP_TOKENS + max(sizes):
+    if room >= streaming.MIN_SWEEP_TOKENS + max(sizes):
         assert max(totals) <= room and max(totals) - min(totals) <= 2 * max(sizes)
     else:
         assert len(parts) == 1
@@ -198,13 +201,31 @@ def test_warming_up_computes_a_full_chunk(six, monkeypatch, token_budget):
 
 def test_several_sweeps_give_the_very_scores_of_one(six, monkeypatch):
     checkpoint = open_checkpoint(six["gptq"])
-    plan = make_plan(checkpoint, devices="cpu", stream=True, token_budget=TOKENS)
+    plan = plan_placement(checkpoint, devices="cpu", stream=True, token_budget=TOKENS)
     scorer, swept, real = Scorer(checkpoint, plan), [], streaming.sweep
     one = scorer.score(CONVERSATIONS)
     monkeypatch.setattr(streaming, "sweep", lambda stream, *more: (swept.append(stream), real(stream, *more))[1])
-    monkeypatch.setattr(streaming, "cut", lambda batches, room: [batches[:2], batches[2:]])
+    monkeypatch.setattr(streaming, "split_batches", lambda batches, room: [batches[:2], batches[2:]])
     assert torch.equal(scorer.score(CONVERSATIONS), one)
     assert len(swept) == 2
+
+
+def test_the_hidden_states_of_one_sweep_are_freed_before_the_next(six, monkeypatch):
+    checkpoint = open_checkpoint(six["gptq"])
+    scorer = Scorer(checkpoint, plan_placement(checkpoint, devices="cpu", stream=True, token_budget=TOKENS))
+    alive: weakref.WeakSet = weakref.WeakSet()
+    counts = []
+
+    class Watched(streaming.HiddenStates):
+        def __init__(self, *args, **kwargs):
+            counts.append(len(alive))
+            super().__init__(*args, **kwargs)
+            alive.add(self)
+
+    monkeypatch.setattr(streaming, "HiddenStates", Watched)
+    monkeypatch.setattr(streaming, "split_batches", lambda batches, room: [batches[:1], batches[1:2], batches[2:]])
+    scorer.score(CONVERSATIONS)
+    assert counts == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("name", "beyond"), [("streamed", 2), ("some stay", 2), ("one buffer", 1), ("from disk", 2)])
@@ -245,7 +266,7 @@ def test_ctrl_c_leaves_no_thread_behind(six, expected, monkeypatch, name):
 
     with monkeypatch.context() as patch:
         patch.setattr(Block, "__call__", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with default_sigint(), pytest.raises(KeyboardInterrupt):
             scorer.score(CONVERSATIONS)
     assert threading.active_count() == before
     assert len(calls) < 15  # of the 25 and more that it would take
@@ -283,7 +304,7 @@ def test_a_file_that_shrank_since_it_was_opened_is_an_error_when_its_block_is_du
 def test_devices_of_a_split_compute_at_the_same_time(six, monkeypatch):
     """The second device's first block meets the first device's first block of a later chunk."""
     scorer = placed(six["16-bit"], "halves")
-    first, second = (blocks.resident[blocks.share.blocks[0]] for blocks in scorer._shares)
+    first, second = (blocks.resident[blocks.share.blocks[0]] for blocks in scorer._device_blocks)
     meeting, met = threading.Barrier(2, timeout=10), {first: 0, second: 0}
     real = Block.__call__
 
@@ -302,23 +323,23 @@ def test_devices_of_a_split_compute_at_the_same_time(six, monkeypatch):
 PEAK = """
 import re, sys
 from pathlib import Path
-from runtime.checkpoint import open_checkpoint
-from runtime.numerics import NUMERICS
-from runtime.placement import make_plan
+from runtime.checkpoints.checkpoint import open_checkpoint
+from runtime.execution.placement import plan_placement
 from runtime.scorer import Scorer
 def kilobytes(field): return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 Scorer(open_checkpoint(sys.argv[1]))  # whatever is imported or set up once
 large, before = open_checkpoint(sys.argv[2]), kilobytes("VmRSS")
-scorer = Scorer(large, make_plan(large, devices="cpu", dtype=sys.argv[3], memory={"cpu": sys.argv[4]}))
+scorer = Scorer(large, plan_placement(large, devices="cpu", dtype=sys.argv[3], memory={"cpu": sys.argv[4]}))
 assert scorer.plan.placement == "resident"
 print(1024 * (kilobytes("VmHWM") - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak of resident memory")
 @pytest.mark.parametrize(("model", "dtype"), [("16-bit", "bfloat16"), ("gptq", "float32")])
 def test_loading_holds_no_second_copy(tmp_path, tiny_checkpoint, model, dtype):
-    """Even of a model whose blocks are a thirty-second part each."""
+    """Peak memory while loading, for a model of 32 blocks."""
     directory = tmp_path / "large"
     write_tiny_checkpoint(directory, layers=32, hidden=512, intermediate=1024, heads=8, kv_heads=4)
     if model == "gptq":

@@ -1,19 +1,19 @@
-"""Figures from what was timed."""
+"""Speed figures computed from measured times."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from runtime.architecture import Architecture
-from runtime.sizes import GIB
-from runtime.speed import Timing
+from runtime.bench.figures import Timing
+from runtime.checkpoints.model_config import ModelConfig
+from runtime.common.terminal import GIB
 
-ARCHITECTURE = Architecture(64, 128, 3, 4, 2, 16, 320, 1024, 1e-6, 1e4, torch.bfloat16)
+ARCHITECTURE = ModelConfig(64, 128, 3, 4, 2, 16, 320, 1024, 1e-6, 1e4, torch.bfloat16)
 TIMING = Timing(4, 1000, 800, [4.0, 1.0, 2.0], 1e9, 5.0, 5.5, 3 * GIB, {"cuda:0": 2 * GIB})
 
 
-def test_work_is_that_of_each_product_that_is_wanted():
+def test_flops_are_those_of_each_computed_product():
     """Block by block, linear by linear, token by token."""
     hidden, keys, inner, blocks, tokens, scored = 64, 32, 128, 3, 10, 2
     work = 0
@@ -23,16 +23,16 @@ def test_work_is_that_of_each_product_that_is_wanted():
         work += tokens * 2 * hidden * keys * 2  # k, v
         work += rows * 2 * hidden * hidden  # o
         work += rows * 2 * hidden * inner * 3  # gate, up, down
-    assert ARCHITECTURE.linear_work(tokens, scored) == work
+    assert ARCHITECTURE.linear_flops(tokens, scored) == work
 
 
 def test_rates_are_of_the_median_round():
-    figures = TIMING.figures(ARCHITECTURE)
-    work = ARCHITECTURE.linear_work(800, 4)
-    assert figures["tokens_per_second"] == 400 and figures["rendered_tokens_per_second"] == 500
-    assert figures["conversations_per_second"] == 2
-    assert figures["flops"] == work / 2 and figures["matmul_share"] == pytest.approx(work / 2 / 1e9, abs=1e-4)
-    assert figures["seconds"] == [4.0, 1.0, 2.0]
+    metrics = TIMING.metrics(ARCHITECTURE)
+    work = ARCHITECTURE.linear_flops(800, 4)
+    assert metrics["tokens_per_second"] == 400 and metrics["rendered_tokens_per_second"] == 500
+    assert metrics["conversations_per_second"] == 2
+    assert metrics["flops"] == work / 2 and metrics["matmul_share"] == pytest.approx(work / 2 / 1e9, abs=1e-4)
+    assert metrics["seconds"] == [4.0, 1.0, 2.0]
 
 
 def test_the_table_says_the_same():

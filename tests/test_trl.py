@@ -8,7 +8,7 @@ import pytest
 
 from runtime.scorer import Scorer
 from runtime.trl import reward_function
-from tests.served import QUESTION, RESPONSES, Gate, chatml, conversation
+from tests.helpers.served import QUESTION, RESPONSES, Gate, chatml, conversation
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,7 @@
-"""The HTTP API: the kit's own endpoints, and those that trainers already speak."""
+"""The HTTP API.
+
+A request passes `in_flight` (counting, log), `access` (key, Host, Origin), `limits` (body), its module in `routes`,
+`scoring` (limits, rendering), `service` (model by name) and `batcher` (queue), whose thread calls
+`runtime.scorer.Scorer`.
+`application` builds all of it, `server` runs it.
+"""

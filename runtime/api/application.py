@@ -1,27 +1,30 @@
-"""The API as one FastAPI application."""
+"""Build the FastAPI application: routes, middleware and documentation."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from runtime.api import classify, comparisons, embeddings, pooling, ranking, rewards, scores, state
-from runtime.api.body import BodyReader
+from runtime.api.access import AccessMiddleware
 from runtime.api.documentation import add_documentation
-from runtime.api.faults import handle_faults
-from runtime.api.guard import Guard
-from runtime.api.limits import Limits
-from runtime.api.metrics import Metrics
+from runtime.api.errors import register_error_handlers
+from runtime.api.metrics import PrometheusMetrics
+from runtime.api.middleware import BodyLimitMiddleware, RequestTracker, RequestTrackingMiddleware
+from runtime.api.options import Limits
+from runtime.api.routes import classify, comparisons, embeddings, pooling, ranking, rewards, scores, state
 from runtime.api.service import Service
-from runtime.api.traffic import Traffic, TrafficMiddleware
-from runtime.version import kit_version
+from runtime.common.version import kit_version
+
+ROUTES = (scores, comparisons, rewards, pooling, ranking, classify, embeddings, state)
+"""Modules whose `router` is served; a new module of `runtime.api.routes` is added here."""
 
 DESCRIPTION = """\
-Scores of WorldPM reward models. `/v1/scores` and `/v1/comparisons` are the kit's own; the others are what trainers
-and clients of other servers speak already. A score is the same through every one of them, and does not depend on
-what else is scored.
+Scores of WorldPM reward models. `/v1/scores` and `/v1/comparisons` are the kit's own endpoints. The others accept the
+requests of existing trainers and of clients of other servers. A conversation has the same score at every endpoint, and
+its score does not depend on other conversations.
 """
 
 
@@ -34,13 +37,13 @@ def make_api(
     cors_origins: Sequence[str] = (),
     log_text: bool = False,
 ) -> FastAPI:
-    """All endpoints over one service; a page may be mounted beside them.
+    """Build the API over one service. A page may be mounted on the result.
 
     Args:
-        key: asked of every request but those for `/health`; None asks for nothing.
-        hosts: names that a Host header may have; None for any.
-        cors_origins: pages of which origins may read answers.
-        log_text: whether conversations go to the journal.
+        key: required by every path except `/health`; None requires no key.
+        hosts: accepted host names in the Host header; None accepts any.
+        cors_origins: origins whose pages may call the API.
+        log_text: whether conversations are written to the log.
     """
     api = FastAPI(
         title="worldpm-kit",
@@ -50,24 +53,19 @@ def make_api(
         redoc_url=None,
         separate_input_output_schemas=False,
     )
-    handle_faults(api)
-    for module in (scores, comparisons, rewards, pooling, ranking, classify, embeddings, state):
+    register_error_handlers(api)
+    for module in ROUTES:
         api.include_router(module.router)
     add_documentation(api)
-    document = api.openapi()
-    if key is not None:
-        schemes = {scheme: {"type": "http", "scheme": scheme} for scheme in ("bearer", "basic")}
-        document["components"]["securitySchemes"] = schemes
-        document["security"] = [{scheme: []} for scheme in schemes]
-    documented = document["paths"]
-    metrics = Metrics(service)
-    traffic = Traffic({*documented, "/docs", "/openapi.json"}, metrics)
+    paths = _openapi_paths(api, has_key=key is not None)
+    metrics = PrometheusMetrics(service)
+    request_tracker = RequestTracker({*paths, "/docs", "/openapi.json"}, metrics)
     api.state.service, api.state.limits, api.state.metrics = service, limits, metrics
-    api.state.traffic, api.state.log_text = traffic, log_text
+    api.state.request_tracker, api.state.log_text = request_tracker, log_text
 
-    # The last one added is the outermost.
-    api.add_middleware(BodyReader, paths={path for path in documented if "post" in documented[path]}, limits=limits)
-    api.add_middleware(Guard, key=key, hosts=hosts, origins=cors_origins)
+    # The middleware that is added last runs first.
+    api.add_middleware(BodyLimitMiddleware, paths={path for path in paths if "post" in paths[path]}, limits=limits)
+    api.add_middleware(AccessMiddleware, key=key, hosts=hosts, origins=cors_origins)
     if cors_origins:
         api.add_middleware(
             CORSMiddleware,
@@ -75,5 +73,15 @@ def make_api(
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    api.add_middleware(TrafficMiddleware, traffic=traffic)
+    api.add_middleware(RequestTrackingMiddleware, request_tracker=request_tracker)
     return api
+
+
+def _openapi_paths(api: FastAPI, has_key: bool) -> dict[str, dict[str, Any]]:
+    """Generate and cache the OpenAPI document, with the security schemes of the key, and return its paths."""
+    document = api.openapi()
+    if has_key:
+        schemes = {scheme: {"type": "http", "scheme": scheme} for scheme in ("bearer", "basic")}
+        document["components"]["securitySchemes"] = schemes
+        document["security"] = [{scheme: []} for scheme in schemes]
+    return document["paths"]

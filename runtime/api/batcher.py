@@ -1,7 +1,8 @@
-"""What arrives together is scored together: one thread, one bounded queue, all models of the process.
+"""Dynamic batching: one bounded queue and one scoring thread for all models of the process.
 
-Requests take turns by slices of a batch's tokens, so that a long one delays a short one by one batch at most. Rows
-wait as tokens, since tokens are what a batch is limited by and what time is spent on.
+Conversations of waiting requests to the same model are scored in one batch of at most `batch_tokens` tokens (a longer
+conversation is scored alone). A request that does not fit moves to the end of the queue with its remaining
+conversations, so a long request delays a short one by about one batch. The queue is limited in tokens.
 """
 
 from __future__ import annotations
@@ -15,59 +16,69 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from runtime.chat import Rendered
-from runtime.errors import KitError, NonFiniteError
+from runtime.common.errors import KitError, NonFiniteError
+from runtime.conversations.rendering import RenderedConversation
 
 QUEUE_TOKENS = 262_144
-LINGER = 0.005  # seconds in which clients that were answered together may ask again together
-LONGEST_RETRY = 60
+BATCH_WAIT_SECONDS = 0.005  # wait after a shared batch: its clients often send their next requests together
+LONGEST_RETRY = 60  # seconds
 
 
-class Busy(KitError):
-    """The queue is full, or closed; `retry_after` is in whole seconds."""
+class QueueRejectedError(KitError):
+    """The queue did not accept a request.
+
+    Attributes:
+        retry_after: whole seconds after which the client may try again.
+    """
 
     def __init__(self, text: str, retry_after: int):
         super().__init__(text)
         self.retry_after = retry_after
 
 
-class Closed(Busy):
-    """The queue takes nothing any more, so that there is no use in asking this server again."""
+class ServerBusyError(QueueRejectedError):
+    """The queue is full."""
 
 
-class Model(Protocol):
-    """What the batcher asks of a model."""
+class ServerStoppingError(QueueRejectedError):
+    """The queue is closed because the server is stopping; retrying in this process is useless."""
 
-    batch_tokens: int  # that a call should bring
 
-    def score(self, rendered: Sequence[Rendered]) -> list[float]:
-        """One score a conversation. Called by the batcher's thread alone.
+class ScoringModel(Protocol):
+    """A model that the batcher can call."""
+
+    batch_tokens: int  # tokens that one call should get
+
+    def score(self, rendered: Sequence[RenderedConversation]) -> list[float]:
+        """Return one score per conversation. Called only by the batcher's thread.
 
         Raises:
-            NonFiniteError: naming the conversation by its index among `rendered`.
+            NonFiniteError: a score is not finite; the message gives the conversation's index in `rendered`.
         """
 
 
-def count_tokens(rendered: Sequence[Rendered]) -> int:
-    """Tokens of all; what they share is counted for each."""
+def count_tokens(rendered: Sequence[RenderedConversation]) -> int:
+    """Total tokens; a shared prefix counts once per conversation."""
     return sum(len(each.token_ids) for each in rendered)
 
 
 @dataclass(eq=False)
 class _Request:
-    model: Model
-    rendered: Sequence[Rendered]
+    """A queued request. `taken` conversations, the first ones, are already in batches."""
+
+    model: ScoringModel
+    rendered: Sequence[RenderedConversation]
     future: Future[list[float]] = field(default_factory=Future)
     scores: list[float] = field(default_factory=list)
-    taken: int = 0  # rows, which are taken in their order
-    tokens_left: int = 0  # of rows that are not
+    taken: int = 0
+    tokens_left: int = 0  # of the conversations that are not taken
 
     def __post_init__(self) -> None:
         self.tokens_left = count_tokens(self.rendered)
 
-    def take(self, tokens: int) -> list[Rendered]:
-        """The next rows, as many as `tokens` hold."""
-        rows: list[Rendered] = []
+    def take(self, tokens: int) -> list[RenderedConversation]:
+        """Take the next conversations that fit in `tokens`."""
+        rows: list[RenderedConversation] = []
         for row in self.rendered[self.taken :]:
             if (tokens := tokens - len(row.token_ids)) < 0:
                 break
@@ -76,84 +87,89 @@ class _Request:
         self.tokens_left -= count_tokens(rows)
         return rows
 
-    def answer(self, outcome: list[float] | Exception) -> None:
+    def resolve(self, result: list[float] | Exception) -> None:
+        """Set the future's result, unless the client cancelled it."""
         if not self.future.set_running_or_notify_cancel():
             return
-        if isinstance(outcome, Exception):
-            self.future.set_exception(outcome)
+        if isinstance(result, Exception):
+            self.future.set_exception(result)
         else:
-            self.future.set_result(outcome)
+            self.future.set_result(result)
+
+
+_Batch = list[tuple[_Request, list[RenderedConversation]]]
 
 
 class Batcher:
-    """The queue and its thread.
+    """The queue and its scoring thread.
 
     Attributes:
-        batches: calls to a model so far.
-        on_batch: called after each with its conversations, tokens and seconds, in the batcher's thread.
+        batches: batches scored so far.
+        on_batch: called in the batcher's thread after each batch with the number of conversations, of tokens, and
+            the seconds.
     """
 
     def __init__(self, queue_tokens: int = QUEUE_TOKENS):
-        """`queue_tokens` may wait; an empty queue takes a request of any size."""
+        """`queue_tokens` limits the tokens that wait; an empty queue accepts a request of any size."""
         self.queue_tokens = queue_tokens
         self.batches = 0
         self.on_batch: Callable[[int, int, float], None] | None = None
         self._queue: deque[_Request] = deque()
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # its lock is reentrant and guards the queue
         self._closed = False
-        self._crowded = False  # whether the last batch was of several requests
-        self._tokens_per_second = 1000.0  # until something was measured
+        self._last_batch_shared = False  # whether the last batch held several requests
+        self._tokens_per_second = 1000.0  # moving average; this start value is a guess
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
     @property
     def waiting_requests(self) -> int:
-        """Requests with rows in the queue."""
+        """Number of requests in the queue."""
         return len(self._queue)
 
     @property
     def waiting_tokens(self) -> int:
-        """Tokens in the queue."""
+        """Number of tokens in the queue."""
         with self._changed:
-            return self._waiting()
+            return sum(request.tokens_left for request in self._queue)
 
-    def submit(self, model: Model, rendered: Sequence[Rendered]) -> Future[list[float]]:
-        """Queue the rows of one request. Cancelling the future takes those out again that no batch has yet.
+    def submit(self, model: ScoringModel, rendered: Sequence[RenderedConversation]) -> Future[list[float]]:
+        """Queue one request; the future gives one score per conversation.
+
+        Cancelling the future removes the conversations that are not in a batch yet. The future raises whatever
+        `model.score` raised.
 
         Raises:
-            Busy: the queue is full.
-            Closed: it takes nothing any more.
+            ServerBusyError: the queue is full.
+            ServerStoppingError: the queue is closed.
         """
         request = _Request(model, rendered)
         if not rendered:
-            request.answer([])
+            request.resolve([])
             return request.future
         with self._changed:
             if self._closed:
-                raise Closed("The server is stopping; ask again when it is back.", 5)
-            waiting = self._waiting()
+                raise ServerStoppingError("The server is stopping; retry when it is running again.", 5)
+            waiting = self.waiting_tokens
             if waiting and waiting + request.tokens_left > self.queue_tokens:
-                raise Busy(
-                    f"{waiting:,} tokens are waiting, and {request.tokens_left:,} more would exceed the queue's "
-                    f"{self.queue_tokens:,}; ask again later.",
+                raise ServerBusyError(
+                    f"The queue is full: {waiting:,} tokens wait, this request adds {request.tokens_left:,}, and the "
+                    f"limit is {self.queue_tokens:,}; retry later.",
                     min(LONGEST_RETRY, math.ceil(waiting / self._tokens_per_second)),
                 )
             self._queue.append(request)
             self._changed.notify_all()
-        request.future.add_done_callback(lambda future: self._leave(request) if future.cancelled() else None)
+        request.future.add_done_callback(lambda future: self._remove_request(request) if future.cancelled() else None)
         return request.future
 
     def close(self) -> None:
-        """Take nothing more, and return when what was taken is answered."""
+        """Reject new requests, and return when all queued requests are answered."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
 
-    def _waiting(self) -> int:
-        return sum(request.tokens_left for request in self._queue)
-
-    def _leave(self, request: _Request) -> None:
+    def _remove_request(self, request: _Request) -> None:
         with self._changed:
             if request in self._queue:
                 self._queue.remove(request)
@@ -162,25 +178,25 @@ class Batcher:
         while batch := self._next_batch():
             self._score(batch)
 
-    def _next_batch(self) -> list[tuple[_Request, list[Rendered]]]:
-        """Rows for one call, by request; none when the queue is closed and empty."""
+    def _next_batch(self) -> _Batch:
+        """Wait for the conversations of the next batch, by request; empty when the queue is closed and empty."""
         with self._changed:
             while not (self._closed and not self._queue):
                 self._changed.wait_for(lambda: self._queue or self._closed)
-                if self._crowded and not self._closed:
-                    self._changed.wait_for(lambda: self._is_full() or self._closed, timeout=LINGER)
-                if self._queue:  # which a client that went away meanwhile may have emptied
+                if self._last_batch_shared and not self._closed:
+                    self._changed.wait_for(lambda: self._is_full() or self._closed, timeout=BATCH_WAIT_SECONDS)
+                if self._queue:  # a cancelled request may have emptied it during the wait
                     return self._take()
             return []
 
     def _is_full(self) -> bool:
-        return bool(self._queue) and self._waiting() >= self._queue[0].model.batch_tokens
+        return bool(self._queue) and self.waiting_tokens >= self._queue[0].model.batch_tokens
 
-    def _take(self) -> list[tuple[_Request, list[Rendered]]]:
-        """Of the requests to one model in their order; those that are not done with go to the end of the queue."""
+    def _take(self) -> _Batch:
+        """Take a batch for the first request's model; requests with conversations left move to the end."""
         model = self._queue[0].model
         left = model.batch_tokens
-        batch: list[tuple[_Request, list[Rendered]]] = []
+        batch: _Batch = []
         for request in [each for each in self._queue if each.model is model]:
             rows = request.take(left if batch else max(left, len(request.rendered[request.taken].token_ids)))
             if not rows:
@@ -192,48 +208,46 @@ class Batcher:
                 self._queue.append(request)
         return batch
 
-    def _score(self, batch: list[tuple[_Request, list[Rendered]]]) -> None:
+    def _score(self, batch: _Batch) -> None:
         model = batch[0][0].model
         rendered = [each for _, rows in batch for each in rows]
         try:
-            scores = iter(self._timed(model, rendered))
+            scores = iter(self._score_timed(model, rendered))
         except NonFiniteError:
-            self._score_alone([request for request, _ in batch])
-        except Exception as error:  # whatever it is, it is these requests' answer and not the thread's end
+            self._score_individually([request for request, _ in batch])
+        except Exception as error:  # fails these requests; the thread continues
             for request, _ in batch:
                 self._fail(request, error)
         else:
             for request, rows in batch:
                 request.scores += [next(scores) for _ in rows]
                 if len(request.scores) == len(request.rendered):
-                    request.answer(request.scores)
-        self._crowded = len(batch) > 1
+                    request.resolve(request.scores)
+        self._last_batch_shared = len(batch) > 1
 
-    def _timed(self, model: Model, rendered: list[Rendered]) -> list[float]:
-        """Scores of a batch, noted before anybody is answered: who then asks for metrics finds it there."""
+    def _score_timed(self, model: ScoringModel, rendered: list[RenderedConversation]) -> list[float]:
+        """Score a batch and record its time, before any client is answered, so that /metrics includes it by then."""
         start = time.perf_counter()
         try:
             return model.score(rendered)
         finally:
-            self._note(len(rendered), count_tokens(rendered), time.perf_counter() - start)
+            tokens, seconds = count_tokens(rendered), time.perf_counter() - start
+            self.batches += 1
+            self._tokens_per_second += 0.2 * (tokens / max(seconds, 1e-6) - self._tokens_per_second)
+            if self.on_batch is not None:
+                self.on_batch(len(rendered), tokens, seconds)
 
-    def _score_alone(self, requests: list[_Request]) -> None:
-        """Each request whole, so that the conversation at fault is named by its place in it and no other fails."""
+    def _score_individually(self, requests: list[_Request]) -> None:
+        """Score each request alone, so that only the one with the non-finite score fails, with an index within it."""
         for request in requests:
-            self._leave(request)
+            self._remove_request(request)
             if request.future.cancelled():
                 continue
             try:
-                request.answer(request.model.score(request.rendered))
+                request.resolve(request.model.score(request.rendered))
             except Exception as error:
                 self._fail(request, error)
 
     def _fail(self, request: _Request, error: Exception) -> None:
-        self._leave(request)
-        request.answer(error)
-
-    def _note(self, conversations: int, tokens: int, seconds: float) -> None:
-        self.batches += 1
-        self._tokens_per_second += 0.2 * (tokens / max(seconds, 1e-6) - self._tokens_per_second)
-        if self.on_batch is not None:
-            self.on_batch(conversations, tokens, seconds)
+        self._remove_request(request)
+        request.resolve(error)

@@ -1,4 +1,4 @@
-"""What a Prometheus server reads."""
+"""Metrics in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _CONVERSATIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _TOKENS = (64, 256, 1024, 4096, 16384, 65536, 262144)
 
 
-class Metrics:
-    """One registry a server, so that several in one process keep their figures apart."""
+class PrometheusMetrics:
+    """The metrics of one application, in a registry of its own so that several can run in one process."""
 
     def __init__(self, service: Service):
         self.registry = CollectorRegistry()
@@ -25,25 +25,27 @@ class Metrics:
         self._requests = Counter(
             "worldpm_requests", "Requests answered.", ("endpoint", "status"), registry=self.registry
         )
-        self._seconds = self._histogram("request_seconds", "From a request to its answer.", _SECONDS, "endpoint")
-        self._batch_rows = self._histogram("batch_conversations", "Conversations scored together.", _CONVERSATIONS)
-        self._batch_tokens = self._histogram("batch_tokens", "Tokens scored together.", _TOKENS)
-        self._batch_seconds = self._histogram("batch_seconds", "Time that a batch took.", _SECONDS)
-        service.batcher.on_batch = self.note_batch
+        self._seconds = self._histogram(
+            "request_seconds", "Seconds from a request to its response.", _SECONDS, "endpoint"
+        )
+        self._batch_rows = self._histogram("batch_conversations", "Conversations per batch.", _CONVERSATIONS)
+        self._batch_tokens = self._histogram("batch_tokens", "Tokens per batch.", _TOKENS)
+        self._batch_seconds = self._histogram("batch_seconds", "Seconds to score a batch.", _SECONDS)
+        service.batcher.on_batch = self.record_batch
 
-    def note_request(self, endpoint: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+    def record_request(self, endpoint: str, status: int, seconds: float) -> None:
+        """Count an answered request."""
         self._requests.labels(endpoint, str(status)).inc()
         self._seconds.labels(endpoint).observe(seconds)
 
-    def note_batch(self, conversations: int, tokens: int, seconds: float) -> None:
-        """A batch was scored."""
+    def record_batch(self, conversations: int, tokens: int, seconds: float) -> None:
+        """Count a scored batch."""
         self._batch_rows.observe(conversations)
         self._batch_tokens.observe(tokens)
         self._batch_seconds.observe(seconds)
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
@@ -51,7 +53,7 @@ class Metrics:
 
 
 class _ServiceCollector(Collector):
-    """What service and models count themselves, read when it is asked for."""
+    """Reads the counters of the service and its models when the metrics are requested."""
 
     def __init__(self, service: Service):
         self._service = service
@@ -64,7 +66,7 @@ class _ServiceCollector(Collector):
         for name, help_text, attribute in (
             ("worldpm_conversations", "Conversations scored.", "conversations"),
             ("worldpm_tokens", "Tokens scored.", "tokens"),
-            ("worldpm_busy_seconds", "Time spent scoring.", "busy_seconds"),
+            ("worldpm_busy_seconds", "Seconds spent scoring.", "busy_seconds"),
         ):
             family = CounterMetricFamily(name, help_text, labels=("model",))
             for model in list(self._service.models.values()):

@@ -1,4 +1,4 @@
-"""What the bodies of several endpoints have in common."""
+"""Request fields and response parts that several endpoints share."""
 
 from __future__ import annotations
 
@@ -6,65 +6,65 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from runtime.conversation import Message as Turn
+from runtime.conversations.conversation import ChatMessage
 
 
-class ForeignBody(BaseModel):
-    """Of a request in somebody else's shape: types are exact, what the kit has no use for is ignored."""
+class CompatRequest(BaseModel):
+    """Base of requests in another server's format: strict types, unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True)
 
 
-class OwnBody(BaseModel):
-    """Of a request in the kit's own shape, where a field that it does not know is a mistake."""
+class NativeRequest(BaseModel):
+    """Base of requests in the kit's own format: strict types, unknown fields are an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 PROMPT, RESPONSES = "Tips for better sleep?", ["Keep a regular bedtime.", "idk lol"]
-"""What examples are about."""
+"""Texts of the examples in the OpenAPI document."""
 POLICY_PROMPT = f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
 POLICY_TEXTS = [f"{POLICY_PROMPT}{response}<|im_end|>" for response in RESPONSES]
 CONVERSATION = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": RESPONSES[0]}]
 
 
 def example(body: dict[str, Any]) -> ConfigDict:
-    """Configuration of a request's model, so that the OpenAPI document shows how to ask."""
+    """Pydantic configuration that adds an example request to the OpenAPI document."""
     return ConfigDict(json_schema_extra={"examples": [body]})
 
 
-class Message(BaseModel):
-    """One turn."""
+class RequestMessage(BaseModel):
+    """One turn of a conversation."""
 
     model_config = ConfigDict(strict=True)
 
     role: Literal["system", "user", "assistant"]
     content: str
 
-    def turn(self) -> Turn:
-        """As the renderer takes it."""
+    def to_message(self) -> ChatMessage:
+        """Return the turn as the renderer takes it."""
         return {"role": self.role, "content": self.content}
 
 
 Messages = Annotated[
-    list[Message],
+    list[RequestMessage],
     Field(
         min_length=2,
-        description="A conversation that ends in the response to be judged, an assistant turn.",
+        description="A conversation; its last turn, by the assistant, is the response to score.",
     ),
 ]
-ModelName = Annotated[str | None, Field(description="One of `/v1/models`; without it, the first.")]
+ModelName = Annotated[str | None, Field(description="An id of `/v1/models`; default: the first.")]
 OneOrMore = Annotated[str | Annotated[list[str], Field(min_length=1)], Field()]
-"""A text or several."""
+"""One text or a list of texts."""
 
-RawScores = Annotated[
+NoActivation = Annotated[
     Literal[False] | None,
-    Field(description="Scores are given as they are; an activation over them is not offered."),
+    Field(description="Must be false or absent: scores are raw, no activation is available."),
 ]
 
 
 class Usage(BaseModel):
-    """Tokens, as other servers count them."""
+    """Token counts as in OpenAI's API."""
 
     prompt_tokens: int
     total_tokens: int
@@ -72,10 +72,10 @@ class Usage(BaseModel):
 
     @classmethod
     def of(cls, tokens: int) -> Usage:
-        """All of them were read, none written."""
+        """Usage of `tokens` prompt tokens and no completion tokens."""
         return cls(prompt_tokens=tokens, total_tokens=tokens)
 
 
 def as_list(texts: str | list[str]) -> list[str]:
-    """One text as a list of one."""
+    """Return a single text as a list."""
     return [texts] if isinstance(texts, str) else texts

@@ -1,4 +1,4 @@
-"""From conversations in a request to their scores: what all endpoints that score have in common."""
+"""Score the conversations of one request: check limits, render, queue, and wait for the scores."""
 
 from __future__ import annotations
 
@@ -11,156 +11,206 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 
-from runtime.api import journal
-from runtime.api.batcher import Busy, count_tokens
-from runtime.api.faults import Fault
-from runtime.api.limits import Limits
+from runtime.api import json_log
+from runtime.api.batcher import QueueRejectedError, count_tokens
+from runtime.api.errors import ApiError
+from runtime.api.middleware import CLIENT_CLOSED_REQUEST
+from runtime.api.options import Limits
+from runtime.api.schema import RequestMessage, as_list
 from runtime.api.service import ServedModel, Service
-from runtime.api.traffic import GONE
-from runtime.chat import Rendered
-from runtime.conversation import Message
-from runtime.errors import ConversationError, KitError
+from runtime.common.errors import ConversationError, KitError
+from runtime.conversations.conversation import ChatMessage
+from runtime.conversations.policy_transcripts import read_policy_text
+from runtime.conversations.rendering import RenderedConversation
 
-RETRY_LOADING = 5  # seconds
+LOADING_RETRY_SECONDS = 5
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Something to score, and what the request calls it."""
+class RequestConversation:
+    """A conversation to score.
+
+    Attributes:
+        field: where it is in the request, such as `conversations[0]`; used in error messages.
+    """
 
     field: str
-    messages: Sequence[Message]
+    messages: Sequence[ChatMessage]
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What came of it; one score and one rendering a conversation."""
+class ScoringResult:
+    """The scores and the rendered conversations of a request, in the request's order."""
 
     model: ServedModel
     scores: list[float]
-    rendered: list[Rendered]
+    rendered: list[RenderedConversation]
 
     @property
     def tokens(self) -> list[int]:
-        """Of each conversation."""
+        """Number of tokens of each conversation."""
         return [len(each.token_ids) for each in self.rendered]
 
     @property
     def warnings(self) -> list[list[str]]:
-        """Of each conversation."""
+        """Warnings of each conversation."""
         return [each.warnings for each in self.rendered]
 
 
-class Scoring:
-    """The way from a request to scores.
-
-    Attributes:
-        request: whose client is watched, so that a request nobody waits for leaves the queue.
-    """
+class RequestScorer:
+    """Scores the conversations of one HTTP request; endpoints get it as `RequestScorerDep`."""
 
     def __init__(self, request: Request):
-        self.request = request
+        self._request = request
         self._service: Service = request.app.state.service
         self._limits: Limits = request.app.state.limits
         self._log_text: bool = request.app.state.log_text
 
-    def model(self, name: str | None) -> ServedModel:
-        """The model that a request names.
+    def check_count(self, count: int, field: str) -> None:
+        """Check the number of conversations in `field`.
 
         Raises:
-            Fault: 503 while models are loaded, 404 if there is none of that name.
+            ApiError: 422, there are more than `Limits.conversations`.
         """
-        if not self._service.ready:
-            why = self._service.failure or self._service.status
-            raise Fault(503, f"Not ready: {why}", retry_after=None if self._service.failure else RETRY_LOADING)
-        try:
-            return self._service.get(name)
-        except KitError as error:
-            raise Fault(404, str(error), "model") from error
-
-    def check_count(self, count: int, field: str) -> None:
-        """Raise Fault 422 if `field` holds more conversations than a request may have."""
         if count > self._limits.conversations:
-            raise Fault(
-                422,
-                f"{field} holds {count:,} conversations, and a request may have {self._limits.conversations:,}; "
-                "send several requests.",
-                field,
-            )
+            raise _too_much(field, f"{count:,} conversations", self._limits.conversations)
 
     async def score(
-        self, name: str | None, conversations: Sequence[Conversation], field: str, *, truncate: bool = False
-    ) -> Scored:
-        """Scores of what is under `field`, when its turn has come.
+        self,
+        model_name: str | None,
+        conversations: Sequence[RequestConversation],
+        field: str,
+        *,
+        truncate: bool = False,
+    ) -> ScoringResult:
+        """Score conversations in the service's queue.
+
+        Args:
+            model_name: the request's `model`; None for the default model.
+            field: the field that holds the conversations, for error messages.
+            truncate: drop the oldest turns of a conversation that is too long for the model.
 
         Raises:
-            Fault: 404 or 503 as `model`; 422 for what is beyond a limit or cannot be rendered; 429 if the queue is
-                full; 500 if a score is not finite.
+            ApiError: 404 no such model; 422 a limit is exceeded or a conversation cannot be rendered; 429 the queue is
+                full or closed; 499 the client disconnected; 500 a score is not finite; 503 the models are loading.
         """
-        model = self.model(name)
+        model = self._find_model(model_name)
         self.check_count(len(conversations), field)
         rendered = await run_in_threadpool(self._render, model, conversations, truncate)
         tokens = count_tokens(rendered)
         if tokens > self._limits.tokens:
-            raise Fault(
-                422,
-                f"{field} holds {tokens:,} tokens, and a request may have {self._limits.tokens:,}; send several "
-                "requests.",
-                field,
-            )
-        self.request.scope["worldpm.scored"] = {
+            raise _too_much(field, f"{tokens:,} tokens", self._limits.tokens)
+        # `RequestTrackingMiddleware` adds these to the request's log line.
+        self._request.scope["worldpm.scored"] = {
             "model": model.name,
             "conversations": len(conversations),
             "tokens": tokens,
         }
         if self._log_text:
-            journal.write("text", conversations=[list(each.messages) for each in conversations])
+            json_log.write("text", conversations=[list(each.messages) for each in conversations])
         try:
-            scores = await self._answered(model.submit(rendered))
-        except Busy as busy:
-            raise Fault(429, str(busy), retry_after=busy.retry_after) from busy
+            scores = await self._wait_for_scores(model.submit(rendered))
+        except QueueRejectedError as error:
+            raise ApiError(429, str(error), retry_after=error.retry_after) from error
         except KitError as error:
-            raise Fault(500, f"{field}: {error}", field) from error
-        return Scored(model, scores, rendered)
+            raise ApiError(500, f"{field}: {error}", field) from error
+        return ScoringResult(model, scores, rendered)
 
-    def _render(self, model: ServedModel, conversations: Sequence[Conversation], truncate: bool) -> list[Rendered]:
+    def _find_model(self, name: str | None) -> ServedModel:
+        service = self._service
+        if not service.ready:
+            retry_after = LOADING_RETRY_SECONDS if service.failure is None else None  # a failure is final
+            raise ApiError(503, f"Not ready: {service.failure or service.status}", retry_after=retry_after)
+        try:
+            return service.get(name)
+        except KitError as error:
+            raise ApiError(404, str(error), "model") from error
+
+    def _render(
+        self, model: ServedModel, conversations: Sequence[RequestConversation], truncate: bool
+    ) -> list[RenderedConversation]:
         rendered = []
         for each in conversations:
             if len(each.messages) > self._limits.turns:
-                raise Fault(
+                raise ApiError(
                     422,
-                    f"{each.field} has {len(each.messages):,} turns, and a conversation may have "
-                    f"{self._limits.turns:,}; leave old ones out.",
+                    f"{each.field} has {len(each.messages):,} turns; at most {self._limits.turns:,} are allowed; "
+                    "leave out the oldest.",
                     each.field,
                 )
             try:
                 rendered.append(model.variant.renderer.render(each.messages, truncate=truncate, where=each.field))
             except ConversationError as error:
-                raise Fault(422, str(error), each.field) from error
+                raise ApiError(422, str(error), each.field) from error
         return rendered
 
-    async def _answered(self, future: Future[list[float]]) -> list[float]:
-        """The scores, unless the client goes away first; then the rows leave the queue."""
+    async def _wait_for_scores(self, future: Future[list[float]]) -> list[float]:
+        """Wait for the scores, or for the client to disconnect, which cancels the future."""
         scores = asyncio.wrap_future(future)
-        gone = asyncio.create_task(self._client_gone())
-        either: list[asyncio.Future[Any]] = [scores, gone]
+        disconnected = asyncio.create_task(self._wait_for_disconnect())
+        either: list[asyncio.Future[Any]] = [scores, disconnected]
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not scores.done():
-                raise Fault(GONE, "The client went away.")
+                raise ApiError(CLIENT_CLOSED_REQUEST, "The client disconnected.")
             return scores.result()
         finally:
             scores.cancel()
-            gone.cancel()
+            disconnected.cancel()
 
-    async def _client_gone(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
+    async def _wait_for_disconnect(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
             pass
 
 
-async def _scoring(request: Request) -> Scoring:
-    return Scoring(request)
+def _too_much(field: str, found: str, limit: int) -> ApiError:
+    return ApiError(
+        422, f"{field} holds {found}; at most {limit:,} are allowed per request; send several requests.", field
+    )
 
 
-Asked = Annotated[Scoring, Depends(_scoring)]
-"""The dependency of every endpoint that scores."""
+async def _get_request_scorer(request: Request) -> RequestScorer:
+    return RequestScorer(request)
+
+
+RequestScorerDep = Annotated[RequestScorer, Depends(_get_request_scorer)]
+"""The FastAPI dependency of every endpoint that scores."""
+
+
+def read_texts(
+    texts: Sequence[str], field: str, prompts: Sequence[str | None] | None = None, *, keep_system: bool = True
+) -> list[RequestConversation]:
+    """Parse conversations that are text in a chat template, as trainers send them.
+
+    Args:
+        field: the field that holds the texts; `field[index]` names one in errors.
+        prompts: the beginning of each text, if known; the rest is the response.
+        keep_system: False drops system turns.
+
+    Raises:
+        ApiError: 422, a text cannot be split into turns.
+    """
+    conversations = []
+    for row, text in enumerate(texts):
+        where = f"{field}[{row}]"
+        try:
+            turns = read_policy_text(text, prompts[row] if prompts else None, where)
+        except ConversationError as error:
+            raise ApiError(422, str(error), where) from error
+        kept = turns if keep_system else [turn for turn in turns if turn["role"] != "system"]
+        conversations.append(RequestConversation(where, kept))
+    return conversations
+
+
+def read_input(
+    texts: str | list[str] | None, messages: list[RequestMessage] | None
+) -> tuple[list[RequestConversation], str]:
+    """Read the conversations from `input` or `messages`, exactly one of which is set, and return that field's name too.
+
+    Raises:
+        ApiError: as `read_texts`.
+    """
+    if messages is not None:
+        return [RequestConversation("messages", [message.to_message() for message in messages])], "messages"
+    assert texts is not None
+    return read_texts(as_list(texts), "input"), "input"

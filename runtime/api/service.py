@@ -1,31 +1,35 @@
-"""The models that are served, and how far loading them is."""
+"""The models of one server process, and the thread that loads them."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 
+from runtime.api import json_log
 from runtime.api.batcher import QUEUE_TOKENS, Batcher, count_tokens
-from runtime.chat import Rendered
-from runtime.errors import KitError
-from runtime.figures import margins
-from runtime.scored_pair import scores_of
+from runtime.common.errors import KitError
+from runtime.conversations.rendering import RenderedConversation
+from runtime.demo.variant import DemoVariant
+from runtime.evaluation.metrics import margins
+from runtime.evaluation.scored_pair import pair_score_array
+from runtime.evaluation.variant import Variant, open_variants
+from runtime.options import ModelOptions
 from runtime.scorer import Scorer
-from runtime.variant import Variant
 
 
 class ServedModel:
-    """A loaded variant under the name that requests call it by.
+    """A loaded variant, scored through the service's queue.
 
     Attributes:
-        name: unique in its service.
-        conversations: scored since the start.
-        tokens: scored since the start; what conversations share is counted for each.
-        busy_seconds: spent on them.
-        batch_tokens: that one call should bring.
-        error_margin: how far a margin is from the unquantized model's, root mean square over the pairs of the parity
-            report, in units of the score; None without a report.
+        name: the `model` field of requests; unique in the service.
+        conversations: conversations scored since the start.
+        tokens: tokens scored since the start; a shared prefix counts once per conversation.
+        busy_seconds: seconds spent scoring.
+        batch_tokens: tokens that one call of `score` should get.
+        error_margin: RMS difference between the margins of this model and of the unquantized model over the pairs of
+            the parity report, in score units; None without a report.
     """
 
     def __init__(self, name: str, variant: Variant, scorer: Scorer, batcher: Batcher):
@@ -39,18 +43,20 @@ class ServedModel:
         self.error_margin = _error_margin(variant)
         self._batcher = batcher
 
-    def submit(self, rendered: Sequence[Rendered]) -> Future[list[float]]:
-        """Scores, one a conversation, when their turn has come. Cancelling the future frees its place in the queue.
+    def submit(self, rendered: Sequence[RenderedConversation]) -> Future[list[float]]:
+        """Queue conversations; the future gives one score per conversation.
 
-        The future raises NonFiniteError for a conversation whose score is not finite.
+        Cancelling the future removes the conversations from the queue. The future raises NonFiniteError if a score is
+        not finite.
 
         Raises:
-            Busy: the queue is full, or closed.
+            ServerBusyError: the queue is full.
+            ServerStoppingError: the queue is closed.
         """
         return self._batcher.submit(self, rendered)
 
-    def score(self, rendered: Sequence[Rendered]) -> list[float]:
-        """Score at once. For the batcher's thread alone: everyone else submits.
+    def score(self, rendered: Sequence[RenderedConversation]) -> list[float]:
+        """Score immediately, without the queue. Called only by the batcher's thread; other callers use `submit`.
 
         Raises:
             NonFiniteError: as `Scorer.score_rendered`.
@@ -65,17 +71,17 @@ class ServedModel:
 
 
 class Service:
-    """All models of one process; they share one queue and one thread.
+    """All models of one process, with one queue and one scoring thread.
 
     Attributes:
-        models: in order of loading; the first is the default.
-        ready: whether all that was asked for is loaded.
-        status: one line for people while it is not.
-        failure: why loading ended, if it did.
+        models: by name, in order of loading; the first is the default.
+        ready: whether all models are loaded.
+        status: progress of loading, as one line of text.
+        failure: error message if loading failed, else None.
     """
 
     def __init__(self, queue_tokens: int = QUEUE_TOKENS):
-        """`queue_tokens` may wait to be scored."""
+        """`queue_tokens` limits the tokens that wait in the queue."""
         self.batcher = Batcher(queue_tokens)
         self.models: dict[str, ServedModel] = {}
         self.ready = False
@@ -83,35 +89,86 @@ class Service:
         self.failure: str | None = None
 
     def add(self, variant: Variant, scorer: Scorer) -> ServedModel:
-        """Serve a loaded variant under its label."""
+        """Add a loaded variant under its label."""
         model = ServedModel(variant.label, variant, scorer, self.batcher)
         self.models[model.name] = model
         return model
 
     def get(self, name: str | None) -> ServedModel:
-        """The model of that name, or without one the default.
+        """Return the model called `name`, or the default model for None.
 
         Raises:
-            KitError: there is none; the message lists those there are.
+            KitError: no such model; the message lists the models that are served.
         """
         if name is None and self.models:
             return next(iter(self.models.values()))
         if name not in self.models:
             names = ", ".join(self.models) or "none yet"
-            raise KitError(f"model is {name!r}, which is not served here; there is: {names}.")
+            raise KitError(f"model is {name!r}, which is not served; models: {names}.")
         return self.models[name]
 
     def close(self) -> None:
-        """Take no more requests, and return when those that were taken are answered."""
+        """Reject new requests, and return when all accepted requests are answered."""
         self.batcher.close()
 
 
 def _error_margin(variant: Variant) -> float | None:
-    """Root mean square of (margin here - reference margin) over the report's pairs, in units of the score."""
+    """RMS of (quantized margin - reference margin) over the report's pairs, in score units."""
     if variant.report is None:
         return None
-    reference, here = (scores_of(variant.report.scores, run) for run in ("reference", "quantized"))
-    if reference is None or here is None:
+    reference, quantized = (pair_score_array(variant.report.scores, source) for source in ("reference", "quantized"))
+    if reference is None or quantized is None:
         return None
-    moved = margins(here) - margins(reference)
-    return float((moved**2).mean() ** 0.5)
+    difference = margins(quantized) - margins(reference)
+    return float((difference**2).mean() ** 0.5)
+
+
+class ModelLoader(threading.Thread):
+    """Thread that loads models into a service and reports progress in `Service.status`."""
+
+    def __init__(self, service: Service, models: Sequence[str], model_options: ModelOptions):
+        """`models` are directories or hub ids; if empty, the demo's 4-bit variant, quantized first if missing."""
+        super().__init__(name="loading", daemon=True)
+        self._service = service
+        self._models = models
+        self._model_options = model_options
+        self._demo = DemoVariant()
+
+    def run(self) -> None:
+        """Load all models; on an error, set `Service.failure` and return, so that /health reports it."""
+        try:
+            self._load()
+        except KitError as error:
+            self._service.failure = str(error)
+            json_log.write("failed", error=str(error))
+        except Exception as error:
+            self._service.failure = f"loading failed with {type(error).__name__}; see the server's log."
+            json_log.log_error(error)
+
+    def stop(self) -> None:
+        """Stop quantizing the demo, if that is running; loading a model is not interrupted."""
+        self._demo.stop()
+
+    def _load(self) -> None:
+        sources = self._models or [self._quantize_demo()]
+        self._set_status(f"reading {', '.join(sources)}")
+        variants = open_variants(sources)
+        for number, variant in enumerate(variants, 1):
+            self._set_status(f"loading {variant.label}, {number} of {len(variants)}")
+            scorer = Scorer(variant.checkpoint, self._model_options.plan(variant.checkpoint))
+            if scorer.plan.shares[0].device.kind == "cuda":
+                scorer.warm_up()
+            self._service.add(variant, scorer)
+        self._service.ready = True
+        self._set_status("ready")
+        json_log.write("ready", models=list(self._service.models))
+
+    def _quantize_demo(self) -> str:
+        """Quantize the demo unless that was done before; return its directory."""
+        if not self._demo.finished:
+            self._set_status("quantizing the demo, which takes a few minutes once")
+            self._demo.make(self._set_status)
+        return str(self._demo.output)
+
+    def _set_status(self, status: str) -> None:
+        self._service.status = status

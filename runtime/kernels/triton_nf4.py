@@ -1,31 +1,33 @@
-"""NF4 dequantization on a GPU. Imported only where there is Triton."""
+"""Triton kernel that dequantizes NF4 weights on a GPU. Import only if Triton is installed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 import triton
 import triton.language as tl
 
-from runtime.quantization import NF4_BLOCKSIZE, NF4_NESTED_BLOCKSIZE
+from runtime.checkpoints.quantization_config import NF4_BLOCKSIZE, NF4_NESTED_BLOCKSIZE
 
-if TYPE_CHECKING:
-    from runtime.kernels.nf4 import NF4Weight
-
-_BLOCKS = 64  # of a program: 4,096 weights
+_BLOCKS = 64  # NF4 blocks per program: 4,096 weights
 
 
-def write_nf4(weight: NF4Weight, out: torch.Tensor) -> None:
-    """Dequantize into `out` [N*K], contiguous."""
-    absmax, double = weight.tensors["weight.absmax"], weight.nested_offset is not None
+def dequantize_nf4_triton(tensors: Mapping[str, torch.Tensor], nested_offset: float | None, out: torch.Tensor) -> None:
+    """Dequantize into `out` [N*K], contiguous.
+
+    Args:
+        tensors: as `QuantizationConfig.linear_tensors` lists them.
+        nested_offset: the mean that double quantization subtracted from each absmax; None without it.
+    """
+    absmax, double = tensors["weight.absmax"], nested_offset is not None
     nf4_kernel[(triton.cdiv(len(absmax), _BLOCKS),)](
-        weight.codes,
-        weight.table,
+        tensors["weight"].flatten(),
+        tensors["weight.quant_map"],
         absmax,
-        weight.tensors["weight.nested_absmax"] if double else absmax,
-        weight.tensors["weight.nested_quant_map"] if double else absmax,
-        weight.nested_offset or 0.0,
+        tensors["weight.nested_absmax"] if double else absmax,
+        tensors["weight.nested_quant_map"] if double else absmax,
+        nested_offset or 0.0,
         out,
         out.numel(),
         DOUBLE=double,
@@ -51,7 +53,7 @@ def nf4_kernel(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
 ) -> None:
-    """BLOCKS blocks that share an absmax each: a row of bytes gives a row of twice as many weights."""
+    """Dequantize BLOCKS blocks, each with one absmax; each packed byte gives two weights."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     exists = block * BLOCKSIZE < count
     scale = tl.load(absmax + block, mask=exists, other=0)
@@ -63,6 +65,6 @@ def nf4_kernel(
     packed = tl.load(codes + byte, mask=byte * 2 < count, other=0).to(tl.int32)
     high = tl.load(table + (packed >> 4)) * scale
     low = tl.load(table + (packed & 15)) * scale
-    place = block * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    weight_index = block * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     values = tl.join(high, low).reshape(BLOCKS, BLOCKSIZE)
-    tl.store(out + place, values.to(out.dtype.element_ty), mask=place < count)
+    tl.store(out + weight_index, values.to(out.dtype.element_ty), mask=weight_index < count)

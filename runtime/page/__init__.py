@@ -1,8 +1,8 @@
-"""The page: compare responses by eye, rank them, score files, and see why to trust the scores."""
+"""The web page: compare two responses, rank several, score files, and inspect parity reports."""
 
 import os
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported, which would call home
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # must be set before gradio is imported
 
 from runtime.page.document import make_page, mount_page
 

@@ -1,63 +1,63 @@
-"""An uploaded file, scored row by row as `runtime.score` does, through the queue that all visitors share."""
+"""Score an uploaded file row by row, as `runtime.score` does, through the queue that all visitors share."""
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import TimeoutError as StillWaiting
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
-from runtime.api.batcher import Busy, Closed
+from runtime.api.batcher import ServerBusyError
 from runtime.api.service import ServedModel
-from runtime.chat import Rendered
-from runtime.errors import ConversationError, KitError
-from runtime.files import write_whole
-from runtime.score_formats import CSV_HEADER, encode_csv, encode_jsonl, write_parquet
-from runtime.score_input import ScoreInput
-from runtime.score_window import score_window
-from runtime.scored_row import Record
+from runtime.batch.engine import score_window
+from runtime.batch.formats import CSV_HEADER, encode_csv, encode_jsonl, write_parquet
+from runtime.batch.reader import ScoreInput
+from runtime.batch.row import OutputRecord
+from runtime.common.errors import ConversationError, KitError
+from runtime.common.files import write_file_atomically
+from runtime.conversations.rendering import RenderedConversation
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # nothing that would have to be unzipped first
-MOST_ROWS = 100_000  # whose records are held for the visitor
-LOOK_AROUND = 0.2  # seconds between two looks at whether the job was cancelled
-LONGEST_PAUSE = 2.0  # seconds before a full queue is asked again
+UPLOAD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # no compressed files
+MAX_ROWS = 100_000  # bounds the memory for the records, which are held until the visitor leaves
+CANCEL_POLL_SECONDS = 0.2
+MAX_RETRY_WAIT_SECONDS = 2.0  # before a request that found the queue full is sent again
 
 
-class Cancelled(Exception):
-    """Nobody waits for the scores any more."""
+class JobCancelled(Exception):
+    """The job was cancelled while it waited for scores."""
 
 
 class BatchJob:
-    """One upload.
+    """The scoring of one uploaded file.
 
     Attributes:
-        records: of the rows scored so far, in their order.
-        errors: how many of them say why their row has no score.
-        total: about how many rows there are, where that is cheap to know.
-        fault: why it ended early, empty if it did not.
+        records: of the rows scored so far, in file order.
+        errors: number of records that have an error instead of a score.
+        total: approximate number of rows; None if unknown.
+        failure: why the job ended early; empty if it did not.
         finished: whether every row has its record.
     """
 
     def __init__(self, model: ServedModel, path: Path, *, truncate: bool = False):
-        """Open the file; its name says what it is and nothing else.
+        """Open the file in the format that its suffix names.
 
         Raises:
-            ConversationError: it is not what its name says, or holds more than `MOST_ROWS`.
+            ConversationError: the file is not in that format, or has more than `MAX_ROWS` rows.
         """
-        if path.suffix not in SUFFIXES:
+        if path.suffix not in UPLOAD_SUFFIXES:
             raise ConversationError(
-                f"{path.name} is none of {', '.join(SUFFIXES)}; upload one of these, unzipped if it was zipped."
+                f"{path.name} is not one of {', '.join(UPLOAD_SUFFIXES)}; upload one of these, uncompressed."
             )
         self.model = model
-        self.records: list[Record] = []
+        self.records: list[OutputRecord] = []
         self.errors = 0
-        self.fault = ""
+        self.failure = ""
         self.finished = False
         self._rows = ScoreInput.open(str(path))
         self.total = self._rows.count()
-        _check_rows(self.total or 0)
+        _check_row_count(self.total or 0)
         self._truncate = truncate
         self._cancelled = threading.Event()
         self._start = time.perf_counter()
@@ -65,85 +65,72 @@ class BatchJob:
 
     @property
     def seconds(self) -> float:
-        """Since it began, or that it took."""
+        """The time since the start, or the total time once `run` has ended."""
         return self._seconds if self._seconds is not None else time.perf_counter() - self._start
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody called `cancel`."""
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
-        """Score nothing more; what waits in the queue leaves it. From any thread."""
+        """Stop scoring and withdraw queued requests. Thread-safe."""
         self._cancelled.set()
 
     def run(self) -> Iterator[None]:
-        """Score, yielding after every window. Ends with `finished`, `cancelled` or a `fault`."""
+        """Score the file, yielding after every window. Sets `finished` or `failure`, unless it was cancelled."""
         plan = self.model.scorer.plan
-        # Short windows show progress and leave turns to others; where blocks are brought in for each, long ones pay.
+        # Short windows update the progress often and let other visitors in between. When blocks are streamed, every
+        # window loads all of them, so windows are long.
         tokens = plan.token_budget if plan.placement == "resident" else plan.window_tokens
         windows = self._rows.windows(self.model.scorer.renderer, tokens=tokens, truncate=self._truncate, strict=False)
         try:
             for window in windows:
-                _check_rows(len(self.records) + len(window))
+                _check_row_count(len(self.records) + len(window))
                 self.records += score_window(self._score, window, self.model.scorer.checkpoint)
                 self.errors += sum(bool(row.error) for row in window)
                 yield
                 if self.cancelled:
                     return
             self.finished = True
-        except Cancelled:
+        except JobCancelled:
             pass
-        except KitError as fault:
-            self.fault = str(fault)
+        except KitError as error:
+            self.failure = str(error)
         finally:
             if not self.finished:
                 self.cancel()
             self._seconds = self.seconds
 
     def write(self, directory: Path) -> list[str]:
-        """The records so far as JSONL, CSV and Parquet; the paths."""
+        """Write the records so far as JSONL, CSV and Parquet; return the three paths."""
         lines = directory / "scores.jsonl"
-        write_whole(lines, encode_jsonl(self.records))
-        write_whole(directory / "scores.csv", CSV_HEADER + encode_csv(self.records))
+        write_file_atomically(lines, encode_jsonl(self.records))
+        write_file_atomically(directory / "scores.csv", CSV_HEADER + encode_csv(self.records))
         write_parquet(lines, directory / "scores.parquet")
         return [str(directory / f"scores{suffix}") for suffix in (".jsonl", ".csv", ".parquet")]
 
-    def _score(self, rendered: Sequence[Rendered]) -> list[float]:
-        while not self.cancelled:
-            try:
-                future = self.model.submit(rendered)
-                break
-            except Closed:
-                raise
-            except Busy as busy:
-                self._cancelled.wait(min(busy.retry_after, LONGEST_PAUSE))
-        else:
-            raise Cancelled
+    def _score(self, rendered: Sequence[RenderedConversation]) -> list[float]:
+        future = self._submit(rendered)
         while True:
             try:
-                return future.result(timeout=LOOK_AROUND)
-            except StillWaiting:
+                return future.result(timeout=CANCEL_POLL_SECONDS)
+            except FutureTimeoutError:
                 if self.cancelled:
                     future.cancel()
-                    raise Cancelled from None
+                    raise JobCancelled from None
+
+    def _submit(self, rendered: Sequence[RenderedConversation]) -> Future[list[float]]:
+        """Submit to the queue, retrying while it is full."""
+        while not self.cancelled:
+            try:
+                return self.model.submit(rendered)
+            except ServerBusyError as busy:
+                self._cancelled.wait(min(busy.retry_after, MAX_RETRY_WAIT_SECONDS))
+        raise JobCancelled
 
 
-def _check_rows(rows: int) -> None:
-    if rows > MOST_ROWS:
+def _check_row_count(rows: int) -> None:
+    if rows > MAX_ROWS:
         raise ConversationError(
-            f"The file holds more than {MOST_ROWS:,} rows, the most that are scored here; score it with "
-            "python -m runtime.score."
+            f"The file has more than {MAX_ROWS:,} rows, the limit of this page; score it with python -m runtime.score."
         )
-
-
-class Downloads:
-    """A directory for a visitor's results, gone with it."""
-
-    def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="worldpm-scores-")
-        self.path = Path(self._directory.name)
-
-    def close(self) -> None:
-        """Remove it."""
-        self._directory.cleanup()

@@ -1,4 +1,4 @@
-"""Two responses to one prompt, scored by every model that is served."""
+"""Score two responses to one prompt with every loaded model."""
 
 from __future__ import annotations
 
@@ -8,42 +8,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from runtime.api.service import ServedModel, Service
-from runtime.chat import Rendered
-from runtime.conversation import Message
-from runtime.errors import ConversationError, KitError
-from runtime.page.picture import Picture, draw
-from runtime.page.rendering import render
-from runtime.preference import probability_preferred
-from runtime.scored_pair import Scores
+from runtime.common.errors import ConversationError, KitError
+from runtime.conversations.conversation import ChatMessage
+from runtime.conversations.rendering import RenderedConversation
+from runtime.evaluation.scored_pair import Scores
+from runtime.page.charts import ComparisonChart, make_comparison_chart
+from runtime.page.tokenizing import render_responses
+from runtime.scorer import probability_preferred
 
 NAMES = ("A", "B")
 
 
 @dataclass
-class Row:
-    """One model's view of a comparison.
+class ModelComparison:
+    """One model's scores of both responses.
 
     Attributes:
-        scores: of A and B, None where the model could not give them, as `fault` says.
-        reference: the original model's scores of them, where they are known.
-        seconds: from asking to the answer, waiting included.
-        tokens: of A's and B's conversation.
+        rendered: the conversations that end in A and in B.
+        scores: of A and B; None if scoring failed, in which case `error` says why.
+        reference: the unquantized model's scores of A and B, if known.
+        reference_name: `stored`, or the name of the loaded model that gave the reference.
+        seconds: time to the answer, including waiting in the queue.
     """
 
     model: ServedModel
-    rendered: list[Rendered] = field(default_factory=list)
+    rendered: list[RenderedConversation] = field(default_factory=list)
     scores: Scores | None = None
     reference: Scores | None = None
     reference_name: str = ""
     seconds: float = 0.0
-    fault: str = ""
+    error: str = ""
 
     @property
     def tokens(self) -> list[int]:
+        """The number of tokens of each conversation."""
         return [len(each.token_ids) for each in self.rendered]
 
     @property
     def margin(self) -> float:
+        """Score of A minus score of B."""
         assert self.scores is not None
         return self.scores[0] - self.scores[1]
 
@@ -52,12 +55,11 @@ class Row:
         return probability_preferred(self.margin)
 
     @property
-    def picture(self) -> Picture:
-        """Of this model's scores."""
+    def chart(self) -> ComparisonChart:
         assert self.scores is not None
         report = self.model.variant.report
-        usual = (report.reference_mean, report.reference_std) if report else None
-        return draw(*self.scores, self.model.error_margin, usual)
+        reference_stats = (report.reference_mean, report.reference_std) if report else None
+        return make_comparison_chart(*self.scores, self.model.error_margin, reference_stats)
 
     @property
     def reference_margin(self) -> float | None:
@@ -65,7 +67,7 @@ class Row:
 
     @property
     def warnings(self) -> list[str]:
-        """What is to be kept in mind, the renderer's remarks and a near tie."""
+        """The renderer's warnings, prefixed with the response's name unless both share them, and any near tie."""
         common = [text for text in self.rendered[0].warnings if text in self.rendered[1].warnings]
         single = [
             f"{name}: {text}"
@@ -73,15 +75,15 @@ class Row:
             for text in each.warnings
             if text not in common
         ]
-        near = self.scores and not self.picture.preferred and self.model.error_margin is not None
-        return [*common, *single, *(["near tie: the margin is inside this variant's parity error"] if near else [])]
+        near = self.scores and not self.chart.preferred and self.model.error_margin is not None
+        return [*common, *single, *(["near tie: the margin is within this variant's parity error"] if near else [])]
 
 
-def read_turns(system: str, turns: Sequence[Message]) -> list[Message]:
-    """The turns before the response; a blank system prompt is none.
+def build_prompt_turns(system: str, turns: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """The messages before the response, without the system prompt if it is blank.
 
     Raises:
-        ConversationError: nobody asks anything.
+        ConversationError: no user turn has text, or some turn is blank.
     """
     if not any(turn["content"].strip() for turn in turns if turn["role"] == "user"):
         raise ConversationError("The conversation is empty; write what the user says.")
@@ -91,8 +93,8 @@ def read_turns(system: str, turns: Sequence[Message]) -> list[Message]:
     return [*([{"role": "system", "content": system}] if system.strip() else []), *turns]
 
 
-async def compare(service: Service, turns: Sequence[Message], responses: Sequence[str]) -> list[Row]:
-    """Score both responses with every model, at the same time as far as the queue lets them.
+async def compare(service: Service, turns: Sequence[ChatMessage], responses: Sequence[str]) -> list[ModelComparison]:
+    """Score both responses with every model, submitting to all models at once.
 
     Raises:
         ConversationError: a response is blank.
@@ -106,21 +108,21 @@ async def compare(service: Service, turns: Sequence[Message], responses: Sequenc
     return list(rows)
 
 
-async def _score(model: ServedModel, turns: Sequence[Message], responses: Sequence[str]) -> Row:
-    row = Row(model)
+async def _score(model: ServedModel, turns: Sequence[ChatMessage], responses: Sequence[str]) -> ModelComparison:
+    row = ModelComparison(model)
     start = time.perf_counter()
     try:
-        row.rendered = await render(model, turns, responses, NAMES)
+        row.rendered = await render_responses(model, turns, responses, NAMES)
         score_a, score_b = await asyncio.wrap_future(model.submit(row.rendered))
         row.scores = (score_a, score_b)
-    except KitError as fault:
-        row.fault = str(fault)
+    except KitError as error:
+        row.error = str(error)
     row.seconds = time.perf_counter() - start
     return row
 
 
-def _find_reference(row: Row, rows: Sequence[Row]) -> None:
-    """What is stored beside the variant, else what the model that it was made from has just said."""
+def _find_reference(row: ModelComparison, rows: Sequence[ModelComparison]) -> None:
+    """Set the reference scores: those stored with the variant, else those of its loaded original model."""
     variant = row.model.variant
     if not row.rendered or variant.checkpoint.quantization is None:
         return
@@ -131,6 +133,6 @@ def _find_reference(row: Row, rows: Sequence[Row]) -> None:
         checkpoint = other.model.variant.checkpoint
         if checkpoint.quantization is not None or other.scores is None:
             continue
-        if variant.stored is None or variant.stored.fingerprint == checkpoint.fingerprint():
+        if variant.stored_reference is None or variant.stored_reference.fingerprint == checkpoint.fingerprint():
             row.reference, row.reference_name = other.scores, other.model.name
             return

@@ -1,4 +1,4 @@
-"""The page as a whole: the masthead, five tabs, and how they come to life when the models are there."""
+"""The whole page: the header, five tabs, and the updates once the models are loaded."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
-from runtime.api.service import Service
-from runtime.page.batch_tab import batch_tab
-from runtime.page.best_of_n_tab import best_of_n_tab
-from runtime.page.compare_tab import bits, compare_tab
-from runtime.page.content_policy import ContentPolicy
-from runtime.page.markup import fill, html_block
-from runtime.page.model_tab import model_tab
-from runtime.page.parity_tab import parity_tab
-from runtime.page.sealed_blocks import SealedBlocks
+from runtime.api.service import ServedModel, Service
+from runtime.evaluation.verdict import METRIC_ROWS
+from runtime.page.components import UNQUEUED_EVENT, DeferredComponents, html_block
+from runtime.page.formatting import bits_per_weight
+from runtime.page.isolation import ContentPolicy, UploadOnlyBlocks
+from runtime.page.markup import render_template
+from runtime.page.tabs.batch import batch_tab
+from runtime.page.tabs.best_of_n import best_of_n_tab
+from runtime.page.tabs.compare import compare_tab
+from runtime.page.tabs.model import model_tab
+from runtime.page.tabs.parity import parity_tab
 from runtime.page.theme import make_theme
-from runtime.page.waiting import QUICK, Awaiting
-from runtime.summary import FIGURE_ROWS
 
-HERE = Path(__file__).parent
-REPORT_CSS = HERE.parent / "templates" / "parity.css"
+PAGE_DIRECTORY = Path(__file__).parent
+REPORT_CSS = PAGE_DIRECTORY.parent / "evaluation" / "templates" / "parity.css"
 TITLE = "worldpm-kit"
-KEPT, LOOKED_AT = 24 * 3600, 3600  # seconds until an upload is removed, and between two looks at that
-LONGEST_UPLOAD = "64mb"
+UPLOAD_MAX_AGE_SECONDS = 24 * 3600  # older uploads are removed
+UPLOAD_CLEANUP_SECONDS = 3600  # interval between removals
+MAX_UPLOAD_SIZE = "64mb"
 
 
 def make_page(service: Service) -> gr.Blocks:
-    """The page, without its looks; `mount_page` serves it with them."""
-    with SealedBlocks(title=TITLE, analytics_enabled=False, delete_cache=(LOOKED_AT, KEPT)) as page:
+    """Build the page without theme, styles and script, which `mount_page` adds."""
+    with UploadOnlyBlocks(
+        title=TITLE, analytics_enabled=False, delete_cache=(UPLOAD_CLEANUP_SECONDS, UPLOAD_MAX_AGE_SECONDS)
+    ) as page:
         masthead = html_block(show_masthead(service), elem_id="masthead")
         with gr.Tabs(overflow_behavior="wrap", elem_id="tabs"):
             with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
@@ -43,18 +46,18 @@ def make_page(service: Service) -> gr.Blocks:
                 tabs.append(parity_tab(service))
             with gr.Tab("Model", id="model", elem_id="tab-model") as tab:
                 tabs.append(model_tab(service, tab))
-        _come_to_life(service, page, masthead, tabs)
+        _refresh_until_ready(service, page, masthead, tabs)
     page.queue(default_concurrency_limit=None, max_size=512)
     return page
 
 
 def mount_page(
-    application: FastAPI, service: Service, *, path: str = "/", longest_upload: str | int = LONGEST_UPLOAD
+    application: FastAPI, service: Service, *, path: str = "/", max_upload_size: str | int = MAX_UPLOAD_SIZE
 ) -> FastAPI:
-    """Serve the page beside an application's own routes, which are to be there before.
+    """Mount the page in an application, whose own routes must be added before.
 
     Args:
-        longest_upload: bytes, or text such as `64mb`.
+        max_upload_size: bytes, or text such as `64mb`.
     """
     application.add_middleware(ContentPolicy)
     return gr.mount_gradio_app(
@@ -66,8 +69,8 @@ def mount_page(
         footer_links=[],
         run_history=False,
         show_error=False,
-        max_file_size=longest_upload,
-        favicon_path=str(HERE / "icon.png"),
+        max_file_size=max_upload_size,
+        favicon_path=str(PAGE_DIRECTORY / "icon.png"),
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
@@ -76,45 +79,45 @@ def mount_page(
 
 
 def read_head() -> str:
-    """The page's own rules and script, and the parity report's rules where one is shown.
+    """The `<style>` and `<script>` elements: the page's own, and the parity report's rules limited to `.report`.
 
-    As gradio's `css` they would be taken apart at commas, those within a selector's brackets too.
+    They are not passed as gradio's `css`, which splits selectors at every comma, including those in parentheses.
     """
     style, report, script = (
-        path.read_text(encoding="utf-8") for path in (HERE / "style.css", REPORT_CSS, HERE / "script.js")
+        path.read_text(encoding="utf-8")
+        for path in (PAGE_DIRECTORY / "style.css", REPORT_CSS, PAGE_DIRECTORY / "script.js")
     )
     return f"<style>{style}\n.gradio-container .report {{\n{report}\n}}</style>\n<script>{script}</script>"
 
 
 def show_masthead(service: Service) -> str:
-    """HTML of what is loaded, or how far loading is."""
-    return fill(
+    """HTML of the header: the loaded models, or the progress of loading."""
+    return render_template(
         "masthead",
         ready=service.ready,
         failure=service.failure,
         status=service.status,
-        models=[(name, _in_words(service, name)) for name in service.models],
+        models=[(name, _describe(service.models[name])) for name in service.models],
     )
 
 
-def _in_words(service: Service, name: str) -> str:
-    model = service.models[name]
-    words = f"{bits(model)} bits a weight"
+def _describe(model: ServedModel) -> str:
+    text = f"{bits_per_weight(model)} bits per weight"
     if report := model.variant.report:
-        agreement = FIGURE_ROWS[0].value(report.figures)
-        words += f", picks the original’s winner in {agreement} of {report.figures.pairs:,} pairs"
-    return words
+        agreement = METRIC_ROWS[0].value(report.figures)
+        text += f", agrees with the original in {agreement} of {report.figures.pairs:,} pairs"
+    return text
 
 
-def _come_to_life(service: Service, page: gr.Blocks, masthead: gr.HTML, tabs: list[Awaiting]) -> None:
-    """Look once a second while the models load, and once when the page is opened."""
+def _refresh_until_ready(service: Service, page: gr.Blocks, masthead: gr.HTML, tabs: list[DeferredComponents]) -> None:
+    """Update the page when it is opened, and once a second while the models load."""
     timer = gr.Timer(1.0)
-    waiting = [component for tab in tabs for component in tab.components]
+    deferred = [component for tab in tabs for component in tab.components]
 
-    def look() -> list[Any]:
+    def refresh() -> list[Any]:
         done = service.ready or service.failure is not None
-        updates = [update for tab in tabs for update in tab.updates()] if service.ready else [gr.skip()] * len(waiting)
+        updates = [update for tab in tabs for update in tab.updates()] if service.ready else [gr.skip()] * len(deferred)
         return [show_masthead(service), gr.Timer(active=not done), *updates]
 
-    page.load(look, None, [masthead, timer, *waiting], **QUICK)
-    timer.tick(look, None, [masthead, timer, *waiting], **QUICK)
+    page.load(refresh, None, [masthead, timer, *deferred], **UNQUEUED_EVENT)
+    timer.tick(refresh, None, [masthead, timer, *deferred], **UNQUEUED_EVENT)

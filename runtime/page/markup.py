@@ -1,52 +1,39 @@
-"""HTML of what the page shows, out of templates that escape every text put into them."""
+"""HTML for the page: templates that escape every value, and Markdown rendered without active content."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
+from markdown_it import MarkdownIt
 
-from runtime.templating import templates
+from runtime.common.html_templates import templates
+from runtime.page.formatting import duration, percent, signed
+
+# HTML in the source stays text, so the output has no tags other than those of the renderer.
+# Images would be requests to other hosts; with the rule disabled they become links.
+_markdown = MarkdownIt("commonmark", {"html": False}).enable("table").enable("strikethrough")
+_markdown.disable("image")
 
 _environment = templates(Path(__file__).parent / "templates")
+_environment.filters |= {"signed": signed, "percent": percent, "duration": duration}
 
 
-def fill(template: str, **values: Any) -> str:
-    """The HTML of one template; `values` are text, never markup."""
+def markdown_to_html(text: str) -> str:
+    """Render Markdown as HTML; links open in a new tab and send no referrer."""
+    tokens = _markdown.parse(text)
+    for token in tokens:
+        for child in token.children or ():
+            if child.type == "link_open":
+                child.attrs |= {"rel": "noopener noreferrer nofollow", "target": "_blank"}
+    return str(_markdown.renderer.render(tokens, _markdown.options, {}))
+
+
+def render_template(template: str, **values: Any) -> str:
+    """Render `templates/{template}.html`; every value is escaped."""
     return _environment.get_template(f"{template}.html").render(**values)
 
 
-def html_block(value: str = "", **arguments: Any) -> gr.HTML:
-    """A place for what `fill` gives, styled by the page's own rules alone."""
-    return gr.HTML(value, apply_default_css=False, js_on_load=None, **arguments)
-
-
 def notice(text: object, title: str = "") -> str:
-    """What stands in the way of a result, announced at once."""
-    return fill("notice", title=title, text=str(text))
-
-
-def signed(value: float, decimals: int = 3) -> str:
-    """`+1.234`, `−0.500`, `0.000`."""
-    text = f"{abs(value):.{decimals}f}"
-    sign = "" if not float(text) else "+" if value > 0 else "−"
-    return sign + text
-
-
-def percent(share: float) -> str:
-    """A probability that is neither 0 nor 1 is not written as if it were."""
-    text = f"{100 * share:.0f}"
-    if text in ("0", "100") and 0 < share < 1:
-        return "under 1 %" if share < 0.5 else "over 99 %"
-    return f"{text} %"
-
-
-def duration(seconds: float) -> str:
-    """`0.42 s`, `12 s`, `3 min 20 s`."""
-    if seconds < 60:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-
-
-_environment.filters |= {"signed": signed, "percent": percent, "duration": duration}
+    """Render an error or hint that is shown in place of a result; screen readers announce it at once."""
+    return render_template("notice", title=title, text=str(text))

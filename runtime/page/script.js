@@ -1,23 +1,23 @@
-// What the page does without asking its server. All of it works on what is in the page; nothing is fetched.
+// Behaviour of the page that needs no server: stale results, shared links, sorting, keyboard. Makes no requests.
 const worldpm = (() => {
   const results = { compare: "compare-result", best: "best-result" };
   const edits = { compare: 0, best: 0 };
-  const asked = { compare: 0, best: 0 };
+  const submittedEdits = { compare: 0, best: 0 };
   const hash = "#compare=";
 
-  // A result is stale when its inputs were edited after they were sent.
-  const mark = (tab) => {
+  // A result is stale if the inputs were edited after they were submitted.
+  const updateStale = (tab) => {
     const result = document.getElementById(results[tab]);
-    result?.classList.toggle("stale", edits[tab] !== asked[tab] && !!result.querySelector(".result"));
+    result?.classList.toggle("stale", edits[tab] !== submittedEdits[tab] && !!result.querySelector(".result"));
   };
   const edited = (tab = "compare") => {
     edits[tab] += 1;
-    mark(tab);
+    updateStale(tab);
   };
   const tabOf = (element) => Object.keys(results).find((tab) => element.closest?.(`#${tab}-inputs`));
 
-  const say = (text) => {
-    document.getElementById("compare-said").textContent = text;
+  const showStatus = (text) => {
+    document.getElementById("compare-status").textContent = text;
   };
   const encode = (value) => {
     const bytes = new TextEncoder().encode(JSON.stringify(value));
@@ -35,9 +35,9 @@ const worldpm = (() => {
     history.replaceState(null, "", location.pathname + location.search + hash + encode({ system, turns, a, b }));
     try {
       await navigator.clipboard.writeText(location.href);
-      say("The link is copied. It holds these texts themselves.");
+      showStatus("Link copied. It contains the texts themselves.");
     } catch {
-      say("The link is in the address bar. It holds these texts themselves.");
+      showStatus("The link is in the address bar. It contains the texts themselves.");
     }
   };
   const opened = () => {
@@ -57,7 +57,7 @@ const worldpm = (() => {
     const key = (row) => row.children[column].dataset.sort ?? row.children[column].textContent.trim();
     const order = (left, right) => {
       const [x, y] = [key(left), key(right)];
-      if (x === "" || y === "") return (x === "") - (y === ""); // rows without one stay last
+      if (x === "" || y === "") return (x === "") - (y === ""); // rows without a value stay last
       const difference = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
       return descending ? -difference : difference;
     };
@@ -94,7 +94,7 @@ const worldpm = (() => {
     true,
   );
 
-  // A result that arrives is shown, and is stale from the first if its inputs were edited meanwhile.
+  // Scroll to a new result, and mark it stale if the inputs were edited while it was computed.
   const watch = () => {
     for (const tab of Object.keys(results)) {
       const result = document.getElementById(results[tab]);
@@ -102,7 +102,7 @@ const worldpm = (() => {
       result.dataset.watched = "yes";
       result.setAttribute("aria-live", "polite");
       new MutationObserver(() => {
-        mark(tab);
+        updateStale(tab);
         const box = result.getBoundingClientRect();
         if (result.textContent.trim() && box.top > innerHeight - 240) result.scrollIntoView({ block: "start", behavior: "smooth" });
       }).observe(result, { childList: true, subtree: true });
@@ -114,8 +114,8 @@ const worldpm = (() => {
     edited,
     share,
     opened,
-    asked: (texts, tab = "compare") => {
-      asked[tab] = edits[tab];
+    submitted: (texts, tab = "compare") => {
+      submittedEdits[tab] = edits[tab];
       document.getElementById(`${tab}-run`).setAttribute("aria-busy", "true");
       return texts;
     },

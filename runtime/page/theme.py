@@ -1,4 +1,4 @@
-"""Gradio's components in the colours and type of the parity report, whose variables `style.css` sets."""
+"""A gradio theme in the colours and fonts of the parity report, using the CSS variables of `style.css`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from gradio.themes import Base
 
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Helvetica Neue", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
-PAPER, INK = ("#fbfaf7", "#14161a"), ("#1c1e22", "#e8e6e1")  # light, dark: painted before any style sheet is there
+PAPER, INK = (
+    ("#fbfaf7", "#14161a"),
+    ("#1c1e22", "#e8e6e1"),
+)  # (light, dark); used before the style sheet loads
 
 _VALUES = {
     "background_fill_primary": "var(--panel)",
@@ -82,10 +85,12 @@ _VALUES = {
 
 
 def make_theme() -> Base:
-    """Values by name, for light and dark alike: the variables that they name are what differs."""
+    """Build the theme. Light and dark mode share all values but the body colours, since the CSS variables differ."""
     theme = Base(font=SANS, font_mono=MONO)
     for index, suffix in enumerate(("", "_dark")):
         body = {"body_background_fill": PAPER[index], "body_text_color": INK[index]}
         values = {f"{name}{suffix}": value for name, value in (_VALUES | body).items()}
-        theme.set(**{name: value for name, value in values.items() if hasattr(theme, name)})  # sizes have no dark one
+        theme.set(
+            **{name: value for name, value in values.items() if hasattr(theme, name)}
+        )  # sizes have no dark variant
     return theme

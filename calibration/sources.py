@@ -1,0 +1,172 @@
+"""Load preference pairs and conversations from the bundled set, from files, or from the hub.
+
+A malformed row is an error, because silently missing calibration data degrades the model. Rows without information
+(blank, duplicate, equal responses) are skipped and counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.common.errors import ConversationError
+from runtime.conversations.conversation import (
+    UNCATEGORISED,
+    ChatMessage,
+    EmptyConversationError,
+    PreferencePair,
+    digest_messages,
+    top_category_of,
+)
+from runtime.conversations.row_files import INPUT_SUFFIXES, is_row_file, read_rows
+from runtime.conversations.row_shapes import parse_row, read_category
+
+BUNDLED = Path(__file__).parent / "bundled"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_METADATA_FILES = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")
+
+
+@dataclass(frozen=True)
+class ConversationRow:
+    """One conversation, its category, and the location it was read from."""
+
+    messages: list[ChatMessage]
+    category: str = UNCATEGORISED
+    where: str = ""
+
+    @property
+    def id(self) -> str:
+        """16 hex digits of the sha256 of the messages."""
+        return digest_messages(self.messages)
+
+    @property
+    def top_category(self) -> str:
+        """The category without its subcategory."""
+        return top_category_of(self.category)
+
+
+@dataclass
+class LoadedRows:
+    """The usable rows of `source`, without duplicates.
+
+    Attributes:
+        counts: `read` rows, and how many of them were skipped as `empty` (blank prompt or response), `duplicate`, or
+            `tied` (chosen equals rejected).
+    """
+
+    source: str
+    pairs: list[PreferencePair] = field(default_factory=list)
+    conversations: list[ConversationRow] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("read", "empty", "duplicate", "tied"), 0))
+
+    def summary(self) -> str:
+        """One line for the terminal: usable and skipped rows."""
+        kinds = {"pairs": len(self.pairs), "single conversations": len(self.conversations)}
+        kept = " and ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count) or "nothing usable"
+        left_out = [f"{self.counts[key]:,} {key}" for key in ("empty", "duplicate", "tied") if self.counts[key]]
+        return f"{self.source}: {kept}" + (f" (left out: {', '.join(left_out)})" if left_out else "")
+
+
+def load_rows(source: str | Path | None = None) -> LoadedRows:
+    """Read every row of `source`.
+
+    Args:
+        source: None for the bundled set; a file with one of the suffixes `INPUT_SUFFIXES`; a directory of such files;
+            or a hub data set, ``owner/name`` or ``owner/name@revision``. Of a data set only such files are downloaded,
+            and no code of it runs.
+
+    Raises:
+        ConversationError: the source does not exist or cannot be downloaded, a row is malformed, or no row is usable.
+    """
+    files = list_files(source)
+    rows = collect_rows((row for file in files for row in read_rows(file)), str(source or "bundled conversations"))
+    if not rows.counts["read"]:
+        raise ConversationError(f"{rows.source} is empty; at least one row of preference data was expected.")
+    if not rows.pairs and not rows.conversations:
+        raise ConversationError(f"{rows.source} has no usable row: {rows.summary()}.")
+    return rows
+
+
+def collect_rows(located_rows: Iterable[tuple[str, Any]], source: str) -> LoadedRows:
+    """Parse (location, row) pairs, and skip and count the unusable ones.
+
+    Raises:
+        ConversationError: a row is malformed.
+    """
+    rows, seen = LoadedRows(source), set()
+    for where, raw in located_rows:
+        rows.counts["read"] += 1
+        try:
+            parsed = parse_row(raw, where)
+        except EmptyConversationError:
+            rows.counts["empty"] += 1
+            continue
+        row = parsed if isinstance(parsed, PreferencePair) else ConversationRow(parsed, read_category(raw), where)
+        if row.id in seen:
+            rows.counts["duplicate"] += 1
+        elif isinstance(row, ConversationRow):
+            rows.conversations.append(row)
+        elif row.chosen == row.rejected:
+            rows.counts["tied"] += 1
+        else:
+            rows.pairs.append(row)
+        seen.add(row.id)
+    return rows
+
+
+def list_files(source: str | Path | None) -> list[Path]:
+    """The files of a source, sorted; a hub data set is downloaded.
+
+    Raises:
+        ConversationError: the source does not exist, cannot be downloaded, or has no suitable file.
+    """
+    if source is None:
+        return sorted(BUNDLED.glob("*.jsonl"))
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _list_row_files(path)
+    if is_row_file(path) or isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        raise ConversationError(
+            f"{source} does not exist; a file ({', '.join(INPUT_SUFFIXES)}), a directory of them, or a hub "
+            "data set such as owner/name was expected."
+        )
+    return _list_row_files(_fetch(source))
+
+
+def _list_row_files(directory: Path) -> list[Path]:
+    files = [
+        path
+        for path in sorted(directory.rglob("*"))
+        if is_row_file(path) and path.is_file() and path.name not in _METADATA_FILES and not path.name.startswith(".")
+    ]
+    if not files:
+        raise ConversationError(f"{directory} has no file that ends in {', '.join(INPUT_SUFFIXES)}.")
+    return files
+
+
+def _fetch(source: str) -> Path:
+    """Download the row files of a hub data set, without its loading script, and return the local directory."""
+    from huggingface_hub import snapshot_download  # here because the import is slow
+
+    name, _, revision = source.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                repo_type="dataset",
+                revision=revision or None,
+                allow_patterns=[f"*{suffix}" for suffix in INPUT_SUFFIXES],
+                ignore_patterns=list(_METADATA_FILES),
+            )
+        )
+    except Exception as error:  # of the client, its HTTP library, or the OS
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ConversationError(
+            f"the data set {source} is no local path and could not be downloaded from the hub ({reason}); on a machine "
+            f"with network access, run `hf download --repo-type dataset {name} --local-dir DIR`, and give DIR instead."
+        ) from error

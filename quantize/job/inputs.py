@@ -1,0 +1,160 @@
+"""Read and validate the inputs of a quantization before it starts: checkpoint, conversations, recipe and plan."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from calibration.sampling import Sample, sample
+from calibration.sources import LoadedRows, load_rows
+from quantize.job.options import QuantizeOptions
+from quantize.job.plan import QuantizationPlan, TokenCounts
+from quantize.job.recipe import Recipe
+from quantize.job.resources import fit_memory
+from quantize.solver.settings import usable_group_size
+from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
+from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
+from runtime.common.errors import ConfigurationError
+from runtime.conversations.rendering import Renderer
+from runtime.execution.devices import cuda_device_count
+from runtime.execution.precision_choice import resolve_dtype
+from runtime.modeling.packed_batch import pack_batches
+
+CHARACTERS_PER_TOKEN = 4.0  # estimate for English text and a Qwen tokenizer
+TEMPLATE_TOKENS = 20  # estimate of the chat template's tokens per conversation
+
+
+@dataclass(frozen=True)
+class JobInputs:
+    """The validated inputs of a quantization.
+
+    Attributes:
+        notes: fallbacks, for the report.
+    """
+
+    checkpoint: Checkpoint
+    rows: LoadedRows
+    sample: Sample
+    recipe: Recipe
+    plan: QuantizationPlan
+    notes: list[str]
+
+
+def read_inputs(options: QuantizeOptions) -> JobInputs:
+    """Open the checkpoint, select the rows, and make the recipe and the plan.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or not a reward model.
+        ConversationError: the conversations cannot be read or rendered, or there are too few of them.
+        ConfigurationError: the model is already quantized, an option is invalid, or the plan does not fit the machine.
+    """
+    rows = load_rows(options.calibration)  # before the checkpoint, which may have to be downloaded
+    checkpoint = open_checkpoint(options.source)
+    if checkpoint.quantization is not None:
+        raise ConfigurationError(
+            f"{checkpoint.directory} is already quantized ({checkpoint.quantization.method}); give the 16-bit model."
+        )
+    model_config = checkpoint.model_config
+    selected = sample(
+        rows,
+        Renderer.from_directory(checkpoint.directory, model_config.max_position_embeddings),
+        rows_wanted=options.rows,
+        parity_pairs=options.parity_pairs,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    recipe, notes = _make_recipe(options, model_config, checkpoint.fingerprint(), selected.fingerprint())
+    plan = _make_plan(model_config, recipe, _count_tokens(selected, recipe.token_budget))
+    return JobInputs(checkpoint, rows, selected, recipe, fit_memory(plan, options.ram_budget), notes)
+
+
+def plan_from_config(options: QuantizeOptions) -> QuantizationPlan:
+    """Make the plan from the model's config alone. Token counts are estimated from the number of characters.
+
+    Raises:
+        CheckpointError, ConversationError, ConfigurationError: as `read_inputs`.
+    """
+    _, model_config, _ = read_config(options.source)
+    recipe, _ = _make_recipe(options, model_config, "", "")
+    rows = load_rows(options.calibration)
+    conversations = [row.messages for row in rows.conversations]
+    conversations += [each for pair in rows.pairs for each in (pair.chosen_conversation, pair.rejected_conversation)]
+    characters = sum(len(turn["content"]) for conversation in conversations for turn in conversation)
+    mean = characters / len(conversations) / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
+    parity = int(mean * 2 * options.parity_pairs) if rows.pairs else 0
+    token_counts = TokenCounts(int(mean * options.rows), parity, recipe.token_budget, estimated=True)
+    return _make_plan(model_config, recipe, token_counts)
+
+
+def _count_tokens(selected: Sample, token_budget: int) -> TokenCounts:
+    """Count tokens after packing, which stores a prefix shared within a batch once."""
+    conversations = [row.rendered for row in selected.calibration]
+    compared = [rendered for pair in selected.parity for rendered in (pair.chosen, pair.rejected)]
+    batches = [pack_batches(rows, token_budget) for rows in (conversations, compared)]
+    calibration, parity = (sum(batch.tokens for batch in each) for each in batches)
+    return TokenCounts(calibration, parity, max(batch.tokens for each in batches for batch in each))
+
+
+def _make_plan(model_config: ModelConfig, recipe: Recipe, token_counts: TokenCounts) -> QuantizationPlan:
+    return QuantizationPlan(
+        model_config=model_config,
+        quantization=recipe.quantization(),
+        token_counts=token_counts,
+        calibrated=recipe.calibrated,
+        correction=recipe.calibrated and recipe.correction,
+        descent_passes=recipe.refine_passes,
+        matmul_bytes=4 if recipe.dtype == "float32" else 2,
+        prefetch=True,
+        device=recipe.device,
+    )
+
+
+def _make_recipe(
+    options: QuantizeOptions, model_config: ModelConfig, model: str, conversations: str
+) -> tuple[Recipe, list[str]]:
+    """Make the recipe and the notes on its fallbacks; `model` and `conversations` are fingerprints."""
+    device = _device(options.device, must_exist=not options.dry_run)
+    widths = [model_config.linear_shape(name)[1] for name in BLOCK_LINEARS]
+    group_size, note = usable_group_size(options.group_size, widths)
+    stored_as_gptq = options.method in ("gptq", "rtn")
+    recipe = Recipe(
+        model=model,
+        conversations=conversations,
+        method=options.method,
+        bits=options.bits,
+        group_size=group_size if stored_as_gptq else -1,
+        sym=options.sym,
+        desc_act=options.desc_act,
+        damp_percent=options.damp_percent,
+        static_groups=options.static_groups,
+        activation_order=options.activation_order,
+        importance_scales=options.importance_scales,
+        refine_passes=options.descent_passes,
+        scored_share=options.scored_share,
+        correction=options.correction,
+        token_budget=options.token_budget,
+        dtype=resolve_dtype(options.dtype, device),
+        device=device,
+        repair=options.recalibration,
+    )
+    return recipe, [note] if note and stored_as_gptq else []
+
+
+def _device(requested: str, must_exist: bool) -> str:
+    """Return `cpu` or `cuda:N`. With `must_exist`, raise ConfigurationError if the machine has no such device."""
+    if requested == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if requested == "cpu":
+        return requested
+    cuda = re.fullmatch(r"cuda(?::(\d+))?", requested)
+    if cuda is None:
+        raise ConfigurationError(f"--device is {requested!r}; it must be auto, cpu or cuda:N.")
+    count = cuda_device_count()
+    index = int(cuda[1] or 0)
+    if must_exist and index >= count:
+        raise ConfigurationError(
+            f"--device {requested}: this machine has {count} CUDA devices that torch can use; try --device cpu."
+        )
+    return f"cuda:{index}"

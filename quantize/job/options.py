@@ -1,0 +1,82 @@
+"""The options of one quantization, as given on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.common.errors import ConfigurationError
+
+METHODS = ("gptq", "nf4", "int8", "rtn")
+FIXED_BITS = {"nf4": 4, "int8": 8}
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """The arguments of one quantization. Flags and fields have the same names, except the `--no-...` flags.
+
+    Attributes:
+        model: directory, hub id or `demo`; None if --model was not given.
+        output: directory of the packed checkpoint; None for the default.
+        calibration: file or hub dataset of preference pairs; None for the bundled pairs.
+        rows: number of calibration conversations.
+        max_tokens: longer conversations are left out; None for the model's limit.
+        scored_share: share of a conversation's Hessian weight that its scored token gets.
+        ram_budget: host memory limit in bytes; None for what is available.
+        min_agreement, max_shift: thresholds of the parity report; None for no threshold.
+
+    Raises:
+        ConfigurationError: `rows` or `parity_pairs` is negative, or there are too few of them.
+    """
+
+    model: str | None
+    bits: int
+    method: str
+    output: Path | None
+    resume: bool
+    dry_run: bool
+    calibration: str | None
+    rows: int
+    parity_pairs: int
+    max_tokens: int | None
+    seed: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    damp_percent: float
+    scored_share: float
+    correction: bool
+    descent_passes: int
+    static_groups: bool
+    activation_order: bool
+    importance_scales: bool
+    recalibration: bool
+    device: str
+    dtype: str
+    token_budget: int
+    ram_budget: int | None
+    min_agreement: float | None
+    max_shift: float | None
+    json: bool
+
+    def __post_init__(self) -> None:
+        for flag, count in (("--rows", self.rows), ("--parity-pairs", self.parity_pairs)):
+            if count < 0:
+                raise ConfigurationError(f"{flag} is {count}; it must be at least 0.")
+        if not self.rows and self.method == "gptq":
+            raise ConfigurationError("--rows is 0, but gptq needs calibration rows; raise --rows or use --method nf4.")
+        if not self.rows and not self.parity_pairs:
+            raise ConfigurationError("--rows and --parity-pairs are both 0; at least one must be positive.")
+
+    @property
+    def source(self) -> str:
+        """The model to quantize: a directory, a hub id or `demo`."""
+        return self.model or "demo"
+
+    @property
+    def output_directory(self) -> Path:
+        """`output`, or `output/NAME-METHOD`, with the number of bits if the method leaves it open."""
+        if self.output is not None:
+            return self.output
+        name = f"{Path(self.source).name.lower()}-{self.method}"
+        return Path("output") / (name if self.method in FIXED_BITS else f"{name}-{self.bits}bit")

@@ -1,0 +1,213 @@
+"""Estimates of a quantization's disk, memory and arithmetic, computed before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
+from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS, QuantizationConfig
+
+FP32_STAGES = ("factorisation", "solve", "refinement")  # stages of `QuantizationPlan.flops` that are always fp32
+_SHARED_INPUT_GROUPS = [group for group in BLOCK_LINEAR_GROUPS if len(group) > 1]
+_SINGLE_LINEAR_GROUPS = [group for group in BLOCK_LINEAR_GROUPS if len(group) == 1]
+# Bytes of the process apart from tensors of the model. Measured on the demo: 0.95 GiB in total with one thread, 1.05
+# GiB with two.
+INTERPRETER_BYTES = 480 << 20  # Python with torch, tokenizers and scipy
+THREAD_BYTES = 128 << 20  # each further thread
+MAX_COUNTED_THREADS = 8  # more were not measured
+BF16_KERNEL_BYTES = 64 << 20  # oneDNN caches a compiled bf16 kernel per recent shape on a CPU
+BITSANDBYTES_BYTES = 128 << 20  # the library and its imports
+# Bytes per weight of a linear during its solve: reordered 16-bit weight, fp32 weight or error, fp32 dequantized weight,
+# codes before and after packing, temporaries of a block of columns.
+SOLVE_BYTES_PER_WEIGHT = 2 + 4 + 4 + 2 + 2
+TARGET_BYTES_PER_WEIGHT = 4  # the corrected fp32 target, if it does not reuse the correction's buffer
+SOLVED_BYTES_PER_WEIGHT = 4 + 1  # target and codes of a linear whose group is still being solved
+DATA_FREE_BYTES_PER_WEIGHT = {"gptq": 18, "nf4": 14, "int8": 13}  # without calibration, by stored format; measured
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """Numbers of tokens in the calibration and parity batches; prefixes shared within a batch count once."""
+
+    calibration_tokens: int
+    parity_tokens: int
+    longest_batch: int
+    estimated: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.calibration_tokens + self.parity_tokens
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """Costs of one quantization, in bytes and floating-point operations.
+
+    Attributes:
+        quantization: the stored format.
+        calibrated: whether Hessians are accumulated (gptq) or not (nf4, int8, rtn).
+        correction: whether target weights are corrected (see solver/correction.py).
+        descent_passes: coordinate descent passes after the solve.
+        matmul_bytes: bytes per element of matmul inputs, 2 or 4.
+        prefetch: whether the next block is read while the current one is quantized.
+        device: `cpu` or a CUDA device.
+    """
+
+    model_config: ModelConfig
+    quantization: QuantizationConfig
+    token_counts: TokenCounts
+    calibrated: bool
+    correction: bool
+    descent_passes: int
+    matmul_bytes: int
+    prefetch: bool
+    device: str
+
+    # ---- sizes ------------------------------------------------------------------------------------------
+
+    @property
+    def block_weights(self) -> int:
+        """Number of weights in the linears of one block."""
+        return sum(self._size(name) for name in BLOCK_LINEARS)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one unquantized block."""
+        shapes = self.model_config.block_shapes().values()
+        return sum(torch.Size(shape).numel() for shape in shapes) * self.model_config.dtype.itemsize
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight of the block linears, including scales and zeros."""
+        return self.quantization.bits_per_weight(self.model_config)
+
+    @property
+    def outer_bytes(self) -> int:
+        """Bytes of embedding, final norm and head, which are not quantized."""
+        shapes = self.model_config.non_block_shapes().values()
+        return sum(torch.Size(shape).numel() for shape in shapes) * self.model_config.dtype.itemsize
+
+    @property
+    def disk_read(self) -> int:
+        """Bytes of the 16-bit checkpoint, which is read once."""
+        return self.block_bytes * self.model_config.num_hidden_layers + self.outer_bytes
+
+    @property
+    def disk_written(self) -> int:
+        """Bytes of the packed checkpoint."""
+        norms_and_biases = self.block_bytes - self.block_weights * self.model_config.dtype.itemsize
+        return (self._packed_block + norms_and_biases) * self.model_config.num_hidden_layers + self.outer_bytes
+
+    @property
+    def hidden_state_bytes(self) -> int:
+        """Bytes of both buffers of the reference and quantized hidden states (fp32) and of the noise floor (bf16)."""
+        hidden = self.model_config.hidden_size
+        return 2 * hidden * (2 * 4 * self.token_counts.tokens + 2 * self.token_counts.parity_tokens)
+
+    # ---- memory -----------------------------------------------------------------------------------------
+
+    @property
+    def working_bytes(self) -> int:
+        """Peak bytes of one block on the compute device: weights, activations, Hessian and solve."""
+        block = self.block_bytes + self._packed_block
+        forward = block + self._cast_bytes + self._activation_bytes
+        if not self.calibrated:
+            return max(forward, block + self._largest * DATA_FREE_BYTES_PER_WEIGHT[self.quantization.method])
+        return max(forward, *(self._group_bytes(group) for group in BLOCK_LINEAR_GROUPS))
+
+    def _group_bytes(self, group: Sequence[str]) -> int:
+        """Peak bytes while the linears of one group are calibrated, the largest of three steps.
+
+        1. Accumulation: Hessian, correction and activations.
+        2. Factorisation: Hessian, factor and correction.
+        3. Solve: factor, correction, the linear being solved, and the targets and codes of the others. Coordinate
+           descent needs no more: the Hessian overwrites the factor.
+        """
+        out_features, in_features = self.model_config.linear_shape(group[0])
+        hessian = 4 * in_features**2
+        correction = 0 if not self.correction else 4 * in_features * (out_features if len(group) == 1 else in_features)
+        accumulation = hessian + self._activation_bytes + self._cast_bytes
+        each = SOLVE_BYTES_PER_WEIGHT + (TARGET_BYTES_PER_WEIGHT if self.correction and len(group) > 1 else 0)
+        sizes = sorted(self._size(name) for name in group)
+        solve = hessian + sizes[-1] * each + sum(sizes[:-1]) * SOLVED_BYTES_PER_WEIGHT
+        return self.block_bytes + self._packed_block + correction + max(accumulation, 2 * hessian, solve)
+
+    @property
+    def peak_host_bytes(self) -> int:
+        """Peak resident memory of the process, including the mapped pages of the hidden states."""
+        embedding = self.model_config.vocab_size * self.model_config.hidden_size * self.model_config.dtype.itemsize
+        ahead = self.block_bytes if self.prefetch else 0
+        block = ahead + (self.working_bytes if self.device == "cpu" else self.block_bytes + self._packed_block)
+        threads = THREAD_BYTES * (min(torch.get_num_threads(), MAX_COUNTED_THREADS) - 1)
+        kernels = BF16_KERNEL_BYTES if self.matmul_bytes == 2 and self.device == "cpu" else 0
+        bitsandbytes = BITSANDBYTES_BYTES if self.quantization.method == "nf4" else 0
+        libraries = INTERPRETER_BYTES + threads + kernels + bitsandbytes
+        return libraries + self.hidden_state_bytes + max(2 * embedding, block)
+
+    @property
+    def peak_gpu_bytes(self) -> int:
+        """Peak memory on the GPU; 0 on a CPU."""
+        return 0 if self.device == "cpu" else self.working_bytes
+
+    @property
+    def _cast_bytes(self) -> int:
+        """Bytes of the largest linear's weight, cast or dequantized to the matmul dtype."""
+        return self._largest * self.matmul_bytes
+
+    @property
+    def _largest(self) -> int:
+        """Number of weights of the largest linear."""
+        return max(self._size(name) for name in BLOCK_LINEARS)
+
+    @property
+    def _packed_block(self) -> int:
+        """Bytes of the packed linears of one block."""
+        return sum(self._packed_size(name) for name in BLOCK_LINEARS)
+
+    @property
+    def _activation_bytes(self) -> int:
+        """Bytes of temporaries in the MLP, the widest step: gate, up and their product."""
+        hidden, inner = self.model_config.hidden_size, self.model_config.intermediate_size
+        return self.token_counts.longest_batch * 4 * (4 * inner + 6 * hidden)
+
+    # ---- work -------------------------------------------------------------------------------------------
+
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations of one block by stage. `FP32_STAGES` run in fp32, others in the matmul dtype."""
+        forward = 2.0 * self.block_weights
+        stages = {
+            "reference stream": forward * self.token_counts.tokens,
+            "quantized stream": forward * self.token_counts.tokens,
+        }
+        if not self.calibrated:
+            return stages
+        gate_and_up = 2.0 * sum(self._size(name) for name in BLOCK_LINEARS[4:6])
+        # The quantized model computes gate and up a second time, once down_proj is packed.
+        stages["second gate and up"] = gate_and_up * self.token_counts.calibration_tokens
+        stages["Hessians"] = sum(2.0 * k**2 for k in self._inputs) * self.token_counts.calibration_tokens
+        if self.correction:
+            inner = sum(2.0 * self.model_config.linear_shape(group[0])[1] ** 2 for group in _SHARED_INPUT_GROUPS)
+            outer = sum(4.0 * self._size(group[0]) for group in _SINGLE_LINEAR_GROUPS)
+            stages["correction"] = (inner + outer) * self.token_counts.calibration_tokens + 2.0 * sum(
+                self._size(name) * self.model_config.linear_shape(name)[1] for name in BLOCK_LINEARS
+            )
+        stages["factorisation"] = sum(k**3 / 3.0 for k in self._inputs)
+        stages["solve"] = sum(self._size(name) * self.model_config.linear_shape(name)[1] for name in BLOCK_LINEARS)
+        if self.descent_passes:
+            stages["refinement"] = 2 * (1 + self.descent_passes) * stages["solve"]
+        return stages
+
+    @property
+    def _inputs(self) -> list[int]:
+        """Input width of each group of linears that share a Hessian."""
+        return [self.model_config.linear_shape(group[0])[1] for group in BLOCK_LINEAR_GROUPS]
+
+    def _size(self, name: str) -> int:
+        out_features, in_features = self.model_config.linear_shape(name)
+        return out_features * in_features
+
+    def _packed_size(self, name: str) -> int:
+        return self.quantization.linear_bytes(*self.model_config.linear_shape(name))

@@ -1,0 +1,75 @@
+"""Print a plan as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from quantize.job.plan import FP32_STAGES, QuantizationPlan
+from runtime.common.terminal import format_size
+from runtime.execution.devices import is_device_available, matmul_rate
+
+OVERHEAD = 1.3  # of the measured time over floating-point operations divided by the matmul rate
+
+
+def print_plan(plan: QuantizationPlan, model: str, output: Path, console: Console) -> None:
+    """Print disk, memory and time of the quantization."""
+    table = Table(title="Plan", title_justify="left", show_header=False, title_style="bold")
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in plan_rows(plan, model, output):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[str, str]]:
+    """Return (name, value) for each row of the table."""
+    model_config, quantization, token_counts = plan.model_config, plan.quantization, plan.token_counts
+    about = "about " if token_counts.estimated else ""
+    group = f" in groups of {quantization.group_size}" if quantization.group_size > 0 else ""
+    rows = [
+        (
+            "model",
+            f"{model}: {model_config.num_hidden_layers} blocks, hidden {model_config.hidden_size}, "
+            f"{plan.block_weights * model_config.num_hidden_layers / 1e9:.2f} G weights in blocks",
+        ),
+        ("method", f"{quantization.method}, {quantization.bits} bits{group}, {plan.bits_per_weight:.2f} bits a weight"),
+        (
+            "tokens",
+            f"{about}{token_counts.calibration_tokens:,} for calibration, "
+            f"{about}{token_counts.parity_tokens:,} for the parity report",
+        ),
+        (
+            "disk",
+            f"reads {format_size(plan.disk_read)} once, writes {format_size(plan.disk_written)} and, until the end, "
+            f"{format_size(plan.hidden_state_bytes)} of activations",
+        ),
+        ("activations", f"memory-mapped files in {output / 'job' / 'streams'}"),
+        (
+            "peak memory",
+            f"{format_size(plan.peak_host_bytes)}, with the next block {'' if plan.prefetch else 'not '}read ahead",
+        ),
+    ]
+    if plan.peak_gpu_bytes:
+        rows.append(("peak on the GPU", f"{format_size(plan.peak_gpu_bytes)} on {plan.device}"))
+    return [*rows, ("time", _time(plan)), ("output", str(output))]
+
+
+def _time(plan: QuantizationPlan) -> str:
+    if not is_device_available(plan.device):
+        return "not estimated: this machine has no such device"
+    exact = matmul_rate(torch.float32, plan.device)
+    rate = exact if plan.matmul_bytes == 4 else matmul_rate(torch.bfloat16, plan.device)
+    seconds = sum(flops / (exact if stage in FP32_STAGES else rate) for stage, flops in plan.flops().items())
+    rates = f"{rate / 1e12:.2g} TFLOP/s" + (f" ({exact / 1e12:.2g} in float32)" if rate != exact else "")
+    whole = OVERHEAD * seconds * plan.model_config.num_hidden_layers
+    return f"about {_duration(whole)} at {rates}, measured on this machine"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,116 @@
+"""The recipe of a job: everything that determines the bytes of the packed checkpoint, unchanged on resuming."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from quantize.solver.settings import GPTQSettings
+from runtime.checkpoints.quantization_config import QuantizationConfig
+from runtime.common.errors import ConfigurationError, JobError
+
+_FINGERPRINT_CHANGES = {
+    "model": "the model differs (--model)",
+    "conversations": "the conversations differ (--calibration, --rows, --parity-pairs, --max-tokens or --seed)",
+}
+# Fields whose flags have another name: fields are keys in job.json and parity.json and keep their names.
+_LABELS = {"refine_passes": "descent_passes", "repair": "recalibration"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The arguments and input fingerprints of one quantization. Field names are keys in job.json and parity.json.
+
+    Attributes:
+        model: fingerprint of the 16-bit checkpoint.
+        conversations: fingerprint of the rendered calibration and parity rows.
+        method: `gptq`, `nf4`, `int8` (bitsandbytes LLM.int8) or `rtn` (round to nearest, the baseline).
+        refine_passes: coordinate descent passes after the GPTQ solve.
+        scored_share: share of a row's Hessian weight that its scored token gets; 0 for equal token weights.
+        correction: correct target weights for the quantization error of earlier layers.
+        token_budget: tokens per batch; it determines the order of sums.
+        dtype: dtype of matmul inputs, `float32` or `bfloat16`.
+        repair: whether the score head is recalibrated.
+
+    Raises:
+        ConfigurationError: a value is out of range, or as `GPTQSettings`.
+    """
+
+    model: str
+    conversations: str
+    method: str
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    damp_percent: float
+    static_groups: bool
+    activation_order: bool
+    importance_scales: bool
+    refine_passes: int
+    scored_share: float
+    correction: bool
+    token_budget: int
+    dtype: str
+    device: str
+    repair: bool
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scored_share < 1:
+            raise ConfigurationError(f"--scored-share is {self.scored_share}; it must be at least 0 and below 1.")
+        self.settings()  # validates the solver's values
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method uses calibration activations."""
+        return self.method == "gptq"
+
+    def choices(self) -> dict[str, Any]:
+        """All fields except the fingerprints, for the report and the model card."""
+        return {name: value for name, value in asdict(self).items() if name not in ("model", "conversations")}
+
+    def settings(self) -> GPTQSettings:
+        """The GPTQ solver's settings."""
+        names = {field.name for field in fields(GPTQSettings)}
+        shared = {name: value for name, value in asdict(self).items() if name in names}
+        return GPTQSettings(**shared, descent_passes=self.refine_passes)
+
+    def quantization(self) -> QuantizationConfig:
+        """The stored format; `rtn` is stored in GPTQ's."""
+        if self.method in ("nf4", "int8"):
+            return QuantizationConfig(method=self.method, bits=self.bits)  # type: ignore[arg-type]
+        return QuantizationConfig(
+            method="gptq",
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            desc_act=self.desc_act,
+            damp_percent=self.damp_percent,
+        )
+
+    def check_unchanged(self, recorded: dict[str, Any], where: str) -> None:
+        """Compare this recipe with the `recorded` one of a started job.
+
+        Args:
+            where: the job, for messages.
+
+        Raises:
+            JobError: an argument differs; the message names each of them with both values.
+        """
+        now = asdict(self)
+        if recorded.keys() != now.keys():
+            raise JobError(
+                f"{where} was started by a version of the kit with other arguments "
+                f"({', '.join(sorted(recorded.keys() ^ now.keys()))}); finish it with that version, or start a new job "
+                "in another --output."
+            )
+        changes = [
+            _FINGERPRINT_CHANGES.get(name, f"{_LABELS.get(name, name)} was {recorded[name]!r} and is now {value!r}")
+            for name, value in now.items()
+            if recorded[name] != value
+        ]
+        if changes:
+            raise JobError(
+                f"{where} was started with other arguments: {'; '.join(changes)}. Resume with the original "
+                "arguments, or start a new job in another --output."
+            )

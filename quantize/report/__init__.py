@@ -1,0 +1,1 @@
+"""Results of a quantization: final scores, head recalibration, parity report and model card."""

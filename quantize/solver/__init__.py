@@ -1,0 +1,1 @@
+"""The GPTQ solver, and quantization methods without calibration data."""

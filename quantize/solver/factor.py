@@ -1,0 +1,158 @@
+"""The Cholesky factor of a damped Hessian, shared by all linears with the same input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantize.solver.hessian import copy_upper_to_lower
+from quantize.solver.settings import GPTQSettings
+from runtime.common.errors import UnresumableJobError
+
+MIN_RETRY_DAMP_PERCENT = 1e-4  # the first retry after a damp_percent of 0
+MAX_RETRY_DAMP_PERCENT = 10.0  # ten times the mean eigenvalue; a Hessian that still fails is not usable
+
+
+@dataclass(frozen=True)
+class CholeskyFactor:
+    """P (H + damp I) P^T = U^T diag(pivots) U; P puts the columns in reverse order of quantization.
+
+    Attributes:
+        columns: int64 [K], the input feature at each position; quantization runs from the last position to the first.
+        upper: fp32 [K, K]; U above the diagonal (U's diagonal is 1, not stored), H in the order of `columns` below it.
+        diagonal: fp32 [K], the diagonal of H + damp I in the order of `columns`.
+        pivots: fp32 [K], the variance at each position that the positions before it do not explain.
+        damp: value added to the diagonal of H.
+        dead: int64 [D], input features that are 0 on all calibration tokens.
+        notes: fallbacks, for the report.
+    """
+
+    columns: Tensor
+    upper: Tensor
+    diagonal: Tensor
+    pivots: Tensor
+    damp: float
+    dead: Tensor
+    notes: tuple[str, ...] = ()
+
+    @property
+    def importance(self) -> Tensor:
+        """fp32 [K], `pivots` by input feature: the output error per squared rounding error of its weights.
+
+        The diagonal of H would overestimate it for inputs whose error later columns can compensate.
+        """
+        return torch.empty_like(self.pivots).index_copy_(0, self.columns, self.pivots)
+
+    def solve_in_place(self, right: Tensor) -> None:
+        """Replace `right`, fp32 [K, N] with rows in input feature order, by (H + damp I)^-1 right."""
+        for part in right.split(1024, dim=1):  # limits temporary memory
+            solved = torch.linalg.solve_triangular(self.upper.T, part[self.columns], upper=False, unitriangular=True)
+            solved /= self.pivots[:, None]
+            part[self.columns] = torch.linalg.solve_triangular(self.upper, solved, upper=True, unitriangular=True)
+
+    def into_hessian(self) -> Tensor:
+        """Return H + damp I, fp32 [K, K] in the order of `columns`. It overwrites `upper`, so the factor is lost."""
+        self.upper.diagonal().copy_(self.diagonal)
+        copy_upper_to_lower(self.upper.T)
+        return self.upper
+
+    def output_power(self, columns: Tensor, block_size: int = 512) -> float:
+        """tr(C^T H C) without damping, for C fp32 [K, N] in the order of `columns`: the mean squared output."""
+        total = torch.zeros((), dtype=torch.float64, device=columns.device)
+        for start in range(0, len(columns), block_size):
+            stop = min(start + block_size, len(columns))
+            here = columns[start:stop]
+            square = self.upper[start:stop, start:stop].triu(1)
+            outputs = torch.addmm(here, square, here).addmm_(self.upper[start:stop, stop:], columns[stop:])
+            total += weighted_square(outputs, self.pivots[start:stop])
+            total -= self.damp * weighted_square(here)
+        return max(total.item(), 0.0)
+
+
+def weighted_square(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum of squares of values [R, N], row r weighted by weights[r], as a float64 scalar."""
+    rows = values.square().sum(dim=1, dtype=torch.float64)
+    return rows.sum() if weights is None else rows @ weights.double()
+
+
+def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear") -> CholeskyFactor:
+    """Order, damp and factorise H, fp32 [K, K]. H is not modified; the factor takes a second K x K buffer.
+
+    If rounding made H indefinite, the damping is multiplied by ten until the factorisation succeeds, and a note
+    records it.
+
+    Args:
+        name: the linears' name, for notes and error messages.
+
+    Raises:
+        UnresumableJobError: the factorisation failed at every damping.
+    """
+    diagonal = hessian.diagonal().clone()
+    dead = (diagonal == 0).nonzero().flatten()
+    mean = diagonal.mean().item() or 1.0
+    quantization_order = _order(diagonal) if settings.activation_order else torch.arange(len(diagonal))
+    columns = quantization_order.to(hessian.device).flip(0)
+    notes: list[str] = []
+    damp_percent = settings.damp_percent
+    upper = torch.empty_like(hessian)
+    while True:
+        _gather(hessian, columns, upper)
+        damped = diagonal + damp_percent * mean
+        damped[dead] = 1.0
+        damped = damped[columns]
+        upper.diagonal().copy_(damped)
+        if _cholesky_in_place(upper):
+            break
+        damp_percent = max(10 * damp_percent, MIN_RETRY_DAMP_PERCENT)
+        if damp_percent > MAX_RETRY_DAMP_PERCENT:
+            raise UnresumableJobError(
+                f"{name}: the Hessian of the inputs cannot be factorised at any damping up to "
+                f"{MAX_RETRY_DAMP_PERCENT:g}; start a new job with more --rows or with --dtype float32."
+            )
+        notes = [f"{name}: damp_percent raised from {settings.damp_percent:g} to {damp_percent:g}"]
+    roots = upper.diagonal().clone()
+    _divide_above_diagonal(upper, roots)
+    return CholeskyFactor(columns, upper, damped, roots.square(), damp_percent * mean, dead, tuple(notes))
+
+
+def _order(diagonal: Tensor) -> Tensor:
+    """Order of quantization, most active column first: its error is compensated while most columns are still free."""
+    return diagonal.argsort(descending=True, stable=True)
+
+
+def _gather(hessian: Tensor, columns: Tensor, into: Tensor) -> None:
+    """Write hessian[columns][:, columns] to `into`, in blocks of rows that limit memory and fit in the CPU cache."""
+    block_size = 512 if hessian.is_cuda else 32
+    for start in range(0, len(columns), block_size):
+        into[start : start + block_size] = hessian[columns[start : start + block_size]][:, columns]
+
+
+def _divide_above_diagonal(matrix: Tensor, divisors: Tensor, block_size: int = 512) -> None:
+    """Divide row i of a matrix [K, K] by divisors[i], on and above the diagonal only."""
+    for start in range(0, len(matrix), block_size):
+        stop = start + block_size
+        by, square = divisors[start:stop, None], matrix[start:stop, start:stop]
+        square.copy_((square.triu() / by).add_(square.tril(-1)))
+        matrix[start:stop, stop:] /= by
+
+
+def _cholesky_in_place(matrix: Tensor) -> bool:
+    """Replace the upper triangle of a symmetric matrix [K, K] by R with R^T R = matrix; return whether it succeeded.
+
+    Left-looking and blocked, so that nearly all of the K^3 / 3 multiplications are matrix products. It needs no second
+    buffer, keeps the entries below the diagonal, and is faster than LAPACK on a CPU.
+    """
+    block_size = 1024 if matrix.is_cuda else 256
+    for start in range(0, len(matrix), block_size):
+        stop = min(start + block_size, len(matrix))
+        above, panel = matrix[:start, start:], matrix[start:stop, start:]
+        below = panel[:, : stop - start].tril(-1)
+        panel.addmm_(above[:, : stop - start].T, above, alpha=-1)
+        root, failed = torch.linalg.cholesky_ex(panel[:, : stop - start], upper=True)
+        if failed.item():
+            return False
+        panel[:, : stop - start] = below.add_(root)
+        panel[:, stop - start :] = torch.linalg.solve_triangular(root.T, panel[:, stop - start :], upper=False)
+    return True

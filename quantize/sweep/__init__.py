@@ -1,0 +1,1 @@
+"""Read, quantize and write the blocks one after another."""

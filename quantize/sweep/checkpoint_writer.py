@@ -1,0 +1,94 @@
+"""Write the files of a packed checkpoint, each of them atomically."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from runtime.checkpoints.checkpoint import Checkpoint
+from runtime.checkpoints.model_config import HEAD_TENSORS
+from runtime.checkpoints.quantization_config import QuantizationConfig
+from runtime.checkpoints.safetensors_file import open_safetensors_file
+from runtime.common.errors import JobError
+from runtime.common.files import atomic_file, sha256_of, write_file_atomically
+
+
+class CheckpointWriter:
+    """Writes one checkpoint: a shard for the embedding, one per block, one for the head, then the other files.
+
+    Attributes:
+        source: the checkpoint whose embedding, head, config and tokenizer are copied.
+        quantization: written to the config.
+    """
+
+    def __init__(self, output: Path, source: Checkpoint, quantization: QuantizationConfig):
+        self.output = output
+        self.source = source
+        self.quantization = quantization
+        self.shard_count = source.model_config.num_hidden_layers + 2
+
+    def shard_name(self, position: int) -> str:
+        """File name of shard `position`: 0 is the embedding, N + 1 is block N."""
+        return f"model-{position + 1:05d}-of-{self.shard_count:05d}.safetensors"
+
+    def write_shard(self, position: int, tensors: dict[str, torch.Tensor]) -> tuple[str, str]:
+        """Write a shard and return its file name and sha256.
+
+        Raises:
+            JobError: safetensors cannot write the file, for example because the disk is full.
+        """
+        path = self.output / self.shard_name(position)
+        with atomic_file(path) as temporary:
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
+            except SafetensorError as error:  # also raised for a full disk
+                raise JobError(f"{path} cannot be written: {error}; check the disk.") from error
+            digest = sha256_of(temporary)
+        return path.name, digest
+
+    def write_embedding(self) -> tuple[str, str]:
+        """Copy the embedding to the first shard."""
+        name = "model.embed_tokens.weight"
+        return self.write_shard(0, {name: self.source.read(name)})
+
+    def write_head(self, replacements: dict[str, torch.Tensor] | None = None) -> tuple[str, str]:
+        """Copy final norm and score head to the last shard, with the tensors in `replacements` replaced."""
+        tensors = {name: self.source.read(name) for name in ("model.norm.weight", *HEAD_TENSORS)} | (replacements or {})
+        return self.write_shard(self.shard_count - 1, tensors)
+
+    def write_index(self, shards: dict[str, str]) -> None:
+        """Write `model.safetensors.index.json` from the headers of the shards.
+
+        Args:
+            shards: keyed by file name.
+        """
+        weight_map: dict[str, str] = {}
+        total = 0
+        for shard in sorted(shards):
+            tensors = open_safetensors_file(self.output / shard).tensors
+            weight_map.update(dict.fromkeys(tensors, shard))
+            total += sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_file_atomically(self.output / "model.safetensors.index.json", _json(index))
+
+    def write_config(self) -> None:
+        """Write `config.json` and `quantize_config.json`, without `auto_map`: it would run code from the checkpoint."""
+        config = {key: value for key, value in self.source.config.items() if key != "auto_map"}
+        config["architectures"] = ["Qwen2ForRewardModel"]
+        config["quantization_config"] = self.quantization.to_config()
+        write_file_atomically(self.output / "config.json", _json(config))
+        write_file_atomically(self.output / "quantize_config.json", _json(self.quantization.to_config()))
+
+    def copy_tokenizer(self) -> None:
+        """Copy tokenizer files and chat template unchanged."""
+        for file in self.source.tokenizer_files():
+            write_file_atomically(self.output / file.name, file.read_bytes())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

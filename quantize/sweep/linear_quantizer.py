@@ -1,0 +1,220 @@
+"""Quantize and pack the linears of one block, and record their loss and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from quantize.job.recipe import Recipe
+from quantize.solver.coordinate_descent import coordinate_descent
+from quantize.solver.correction import TargetCorrection
+from quantize.solver.data_free import quantize_int8, quantize_nf4, round_to_nearest
+from quantize.solver.factor import CholeskyFactor, factorise
+from quantize.solver.gptq import solve
+from quantize.solver.hessian import Hessian
+from quantize.solver.solved_linear import SolvedLinear
+from runtime.checkpoints.model_config import BLOCK_LINEARS, BLOCK_NORMS
+from runtime.common.process_memory import release_freed_memory
+from runtime.kernels.reference import pack_gptq
+from runtime.kernels.workspace import Workspace
+from runtime.modeling.linear import Tensors, make_linear
+from runtime.modeling.qwen2 import Block
+
+ProgressCallback = Callable[[str, float | None], None]
+"""Called with each linear before its solve and before its coordinate descent, and the previous relative loss."""
+
+
+@dataclass
+class LinearMetrics:
+    """Loss and time of one quantized linear.
+
+    Attributes:
+        loss: mean squared error of the output over calibration tokens; without calibration, of the weights.
+        relative_loss: `loss` divided by the mean squared output (or weight).
+        sqnr_db: signal-to-quantization-noise ratio in decibels; None if the loss is 0.
+        damp: value added to the Hessian's diagonal; 0 without calibration.
+        dead_columns: input features that were 0 on all calibration tokens.
+    """
+
+    loss: float
+    relative_loss: float
+    sqnr_db: float | None
+    damp: float = 0.0
+    dead_columns: int = 0
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class PackedBlock:
+    """The tensors of a packed block, named without `model.layers.N.`, and its metrics.
+
+    Attributes:
+        linears: by linear name.
+        seconds: by stage.
+    """
+
+    tensors: Tensors
+    linears: dict[str, LinearMetrics]
+    seconds: dict[str, float]
+
+    def metrics(self) -> dict[str, Any]:
+        """The entries of the job's log."""
+        return {"linears": {name: asdict(each) for name, each in self.linears.items()}, "seconds": self.seconds}
+
+
+class BlockQuantizer:
+    """Replaces the linears of `block` by packed ones.
+
+    With calibration, for each group of linears that share an input: `start_group`, add all tokens to the returned
+    statistics, `quantize_group`. Otherwise `quantize_without_data` for each linear.
+
+    Attributes:
+        seconds: by stage.
+    """
+
+    def __init__(
+        self, block: Block, recipe: Recipe, index: int, device: torch.device | str, on_linear: ProgressCallback
+    ):
+        """
+        Args:
+            index: the block's number, for messages.
+            device: where activations and Hessians are.
+        """
+        self.block, self.recipe, self.index, self.device, self.on_linear = block, recipe, index, device, on_linear
+        self.quantization = recipe.quantization()
+        self.seconds = dict.fromkeys(("inputs", "hessian", "factorise", "solve", "refine", "pack"), 0.0)
+        self._tensors: Tensors = {name: block.norms[name] for name in BLOCK_NORMS}
+        self._linears: dict[str, LinearMetrics] = {}
+        self._linear_seconds: dict[str, float] = dict.fromkeys(BLOCK_LINEARS, 0.0)
+        self._loss: float | None = None
+
+    def start_group(self, group: Sequence[str]) -> tuple[Hessian, TargetCorrection | None]:
+        """Return empty statistics for linears that share an input; the correction is None if it is disabled."""
+        self.on_linear(group[0], self._loss)
+        in_features = self.block.model_config.linear_shape(group[0])[1]
+        hessian = Hessian(in_features, self.device, self._label(group))
+        if not self.recipe.correction:
+            return hessian, None
+        linears = [self.block.linears[name] for name in group]
+        return hessian, TargetCorrection(linears, in_features, self.device)
+
+    def quantize_group(self, group: Sequence[str], hessian: Hessian, correction: TargetCorrection | None) -> None:
+        """Quantize the linears of `group` under the accumulated statistics, which are consumed.
+
+        Raises:
+            NonFiniteError: a calibration input or a weight is not finite.
+            UnresumableJobError: the Hessian cannot be factorised.
+        """
+        factor = self._factorise(hessian, self._label(group))
+        targets = []
+        for name in group:
+            linear = self.block.linears[name]
+            with self._timed("solve", name):
+                if correction:
+                    targets.append(correction.target(linear, factor, hessian.weight))
+                else:
+                    targets.append(linear.weight(torch.float32))
+        self._pack(group, self._solve(group, targets, factor))
+
+    def quantize_without_data(self, name: str) -> None:
+        """Quantize a linear from its weight alone."""
+        self.on_linear(name, self._loss)
+        with self._timed("solve", name):
+            weight = self.block.linears[name].weight(self.block.model_config.dtype)
+            packed = self._round(weight)
+            before = weight.float()
+            after = make_linear(packed, self.quantization, self.block.model_config.linear_shape(name))
+            error = after.weight(torch.float32).sub_(before)
+            loss, power = (float(torch.linalg.vector_norm(each)) ** 2 / each.numel() for each in (error, before))
+            relative = loss / power if power else 0.0
+        self._replace(name, packed, LinearMetrics(loss, relative, _decibels(relative)))
+
+    def result(self) -> PackedBlock:
+        """The packed block, once all linears are quantized."""
+        return PackedBlock(self._tensors, self._linears, self.seconds)
+
+    def _label(self, group: Sequence[str]) -> str:
+        return f"block {self.index}, {', '.join(group)}"
+
+    def _factorise(self, hessian: Hessian, label: str) -> CholeskyFactor:
+        """Factorise the Hessian and free it. Freed memory is released first, because this is the peak."""
+        start = time.perf_counter()
+        Workspace.of(torch.device(self.device)).clear()
+        release_freed_memory()
+        matrix = hessian.matrix()
+        hessian.free()
+        factor = factorise(matrix, self.recipe.settings(), label)
+        del matrix
+        self.seconds["factorise"] += time.perf_counter() - start
+        return factor
+
+    def _solve(
+        self, group: Sequence[str], targets: Sequence[torch.Tensor], factor: CholeskyFactor
+    ) -> list[SolvedLinear]:
+        """Solve all linears, then run coordinate descent: its Hessian overwrites the factor."""
+        settings, solved = self.recipe.settings(), []
+        for name, target in zip(group, targets, strict=True):
+            self.on_linear(name, self._loss)
+            with self._timed("solve", name):
+                solved.append(solve(target, factor, settings))
+            self._loss = solved[-1].relative_loss
+        if not settings.descent_passes:
+            return solved
+        with self._timed("refine", group[0]):
+            matrix = factor.into_hessian()
+        for index, (name, target) in enumerate(zip(group, targets, strict=True)):
+            self.on_linear(name, self._loss)
+            with self._timed("refine", name):
+                solved[index] = coordinate_descent(target, solved[index], matrix, factor, settings)
+            self._loss = solved[index].relative_loss
+        return solved
+
+    def _pack(self, group: Sequence[str], solved: Sequence[SolvedLinear]) -> None:
+        for name, each in zip(group, solved, strict=True):
+            with self._timed("pack", name):
+                packed = pack_gptq(each.codes, each.zeros, each.scales, each.g_idx, self.recipe.bits)
+            metrics = LinearMetrics(
+                each.loss,
+                each.relative_loss,
+                _decibels(each.relative_loss),
+                each.damp,
+                each.dead_columns,
+                list(each.notes),
+            )
+            self._replace(name, packed, metrics)
+
+    def _round(self, weight: torch.Tensor) -> Tensors:
+        if self.recipe.method == "nf4":
+            return quantize_nf4(weight)
+        if self.recipe.method == "int8":
+            return quantize_int8(weight)
+        solved = round_to_nearest(weight.float(), self.recipe.settings())
+        return pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, self.recipe.bits)
+
+    def _replace(self, name: str, packed: Tensors, metrics: LinearMetrics) -> None:
+        """Put the packed linear into the block and record its tensors and metrics."""
+        bias = {} if (stored := self.block.linears[name].bias) is None else {"bias": stored}
+        shape = self.block.model_config.linear_shape(name)
+        self.block.linears[name] = make_linear(packed | bias, self.quantization, shape)
+        self._tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in (packed | bias).items()}
+        self._linears[name] = replace(metrics, seconds=self._linear_seconds[name])
+        self._loss = metrics.relative_loss
+
+    @contextmanager
+    def _timed(self, stage: str, name: str) -> Generator[None, None, None]:
+        """Add the time of the `with` block to the stage and to the linear."""
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        self.seconds[stage] += elapsed
+        self._linear_seconds[name] += elapsed
+
+
+def _decibels(relative_loss: float) -> float | None:
+    return float(-10 * torch.tensor(relative_loss, dtype=torch.float64).log10()) if relative_loss > 0 else None

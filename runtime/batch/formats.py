@@ -1,0 +1,78 @@
+"""Encode records as JSONL, CSV or Parquet, with the same columns in all three."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from runtime.batch.row import COLUMNS, OutputRecord
+from runtime.common.files import atomic_file
+
+OUTPUT_SUFFIXES = (".jsonl", ".csv", ".parquet")
+CSV_HEADER = (",".join(COLUMNS) + "\n").encode()
+_GROUP_ROWS = 16_384
+
+
+def encode_jsonl(records: Iterable[OutputRecord]) -> bytes:
+    """One object per line; keys that do not apply to a row are absent."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def encode_csv(records: Iterable[OutputRecord]) -> bytes:
+    """One line per record, in the columns of `CSV_HEADER`. Lists are JSON; cells that do not apply are empty."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerows([_cell(record.get(column, "")) for column in COLUMNS] for record in records)
+    return text.getvalue().encode()
+
+
+ENCODERS: dict[str, Callable[[Iterable[OutputRecord]], bytes]] = {".jsonl": encode_jsonl, ".csv": encode_csv}
+
+
+def write_parquet(lines: Path, output: Path) -> None:
+    """Convert JSONL written by `encode_jsonl` to Parquet, atomically and in bounded memory.
+
+    Values that do not apply are null. Scores are float32; `id` is converted to text.
+    """
+    import pyarrow  # here because the import is slow and only Parquet needs it
+    import pyarrow.parquet
+
+    texts, scores = pyarrow.string(), pyarrow.float32()
+    types = dict.fromkeys(COLUMNS, texts) | {
+        "score": scores,
+        "scores": pyarrow.list_(scores),
+        "margin": pyarrow.float64(),
+        "probability_chosen": pyarrow.float64(),
+        "ranks": pyarrow.list_(pyarrow.int32()),
+        "best": pyarrow.int32(),
+        "tokens": pyarrow.list_(pyarrow.int32()),
+        "warnings": pyarrow.list_(texts),
+    }
+    schema = pyarrow.schema(list(types.items()))
+    with (
+        atomic_file(output) as temporary,
+        open(temporary, "wb") as file,
+        pyarrow.parquet.ParquetWriter(file, schema) as writer,
+    ):
+        for group in _groups(lines):
+            writer.write_table(pyarrow.Table.from_pylist(group, schema))
+
+
+def _groups(lines: Path) -> Iterator[Sequence[OutputRecord]]:
+    with open(lines, encoding="utf-8") as file:
+        records = (_with_id_as_text(json.loads(line)) for line in file)
+        while group := list(islice(records, _GROUP_ROWS)):
+            yield group
+
+
+def _with_id_as_text(record: OutputRecord) -> OutputRecord:
+    return record | {"id": str(record["id"])} if "id" in record else record
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value

@@ -1,0 +1,116 @@
+"""Read the rows to score one at a time, keep a digest of them, and group them into windows."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from runtime.batch.row import InputRow
+from runtime.common.errors import ConversationError, JobError
+from runtime.conversations.rendering import Renderer
+from runtime.conversations.row_files import count_rows, read_jsonl_file, read_rows
+
+STANDARD_INPUT = "-"
+WINDOW_ROWS = 1024  # most rows of a window; rows that cannot be scored have no tokens and would never fill one
+
+
+class ScoreInput:
+    """Iterator over the rows of a file or of standard input.
+
+    Attributes:
+        rows: number of rows read so far.
+    """
+
+    def __init__(self, located_rows: Iterable[tuple[str, Any]], path: Path | None = None):
+        """Wrap rows that are in memory or being read.
+
+        Args:
+            located_rows: (location, row or ConversationError), as `runtime.conversations.row_files.read_rows` yields.
+            path: the file they come from, for `count`.
+        """
+        self._located_rows = iter(located_rows)
+        self._path = path
+        self._digest = hashlib.sha256()
+        self.rows = 0
+
+    @classmethod
+    def open(cls, source: str) -> ScoreInput:
+        """Open a file, or standard input as JSONL if `source` is ``-``.
+
+        Raises:
+            ConversationError: the file does not exist or is not in the format of its suffix.
+        """
+        if source == STANDARD_INPUT:
+            return cls(read_jsonl_file(sys.stdin.buffer, "stdin", keep_errors=True))
+        path = Path(source)
+        rows = read_rows(path, keep_errors=True)
+        first = next(rows, None)  # so that an unreadable file fails here, before a model is loaded
+        return cls(rows if first is None else chain([first], rows), path)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all rows read so far, including their locations."""
+        return self._digest.hexdigest()
+
+    def count(self) -> int | None:
+        """Approximate total number of rows; None if counting would require parsing the file."""
+        return None if self._path is None else count_rows(self._path)
+
+    def __iter__(self) -> Iterator[InputRow]:
+        return self
+
+    def __next__(self) -> InputRow:
+        where, row = next(self._located_rows)
+        input_row = InputRow.read(row, where)
+        self._digest.update(input_row.canonical())
+        self.rows += 1
+        return input_row
+
+    def skip(self, rows: int, digest: str) -> None:
+        """Skip rows that an earlier run scored.
+
+        Raises:
+            JobError: the rows do not have this digest.
+        """
+        for _ in range(rows):
+            if next(self, None) is None:
+                raise JobError(
+                    f"the input ends after {self.rows:,} rows, but {rows:,} were scored before; resume with the "
+                    "same input, or start again with another --output."
+                )
+        if self.digest != digest:
+            raise JobError(
+                f"the first {rows:,} rows of the input differ from the rows that were scored before; resume with the "
+                "same input, or start again with another --output."
+            )
+
+    def windows(self, renderer: Renderer, *, tokens: int, truncate: bool, strict: bool) -> Iterator[list[InputRow]]:
+        """Yield windows of rendered rows. A window ends at `tokens` tokens or `WINDOW_ROWS` rows, or with the input.
+
+        A window ends with the row that fills it, so no row is read ahead, and the windows of a resumed run are those of
+        an uninterrupted one.
+
+        Args:
+            truncate: drop the oldest turns of conversations that are too long.
+            strict: raise the error of a row instead of keeping it in `InputRow.error`.
+
+        Raises:
+            ConversationError: a row cannot be scored, and `strict` is set.
+        """
+        window: list[InputRow] = []
+        filled = 0
+        for row in self:
+            row.render(renderer, truncate=truncate)
+            if strict and row.error:
+                raise ConversationError(row.error)
+            window.append(row)
+            filled += row.tokens
+            if filled >= tokens or len(window) == WINDOW_ROWS:
+                yield window
+                window, filled = [], 0
+        if window:
+            yield window

@@ -1,0 +1,1 @@
+"""Measure scoring speed on this machine: `python -m runtime.bench`."""

@@ -1,0 +1,1 @@
+"""Find, open and check checkpoints: config, safetensors headers, expected tensors. Never runs their code."""

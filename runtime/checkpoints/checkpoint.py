@@ -1,0 +1,222 @@
+"""Open a checkpoint and check that it is complete, without reading the block weights.
+
+`open_checkpoint` parses `config.json`, the index and the header of each shard, compares the dtype and shape of each
+tensor with the config, and checks that the score head is finite. Code and pickle files in a checkpoint are never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtime.checkpoints.model_config import BLOCK_LINEARS, HEAD_TENSORS, ModelConfig, block_prefix
+from runtime.checkpoints.quantization_config import NF4_QUANT_STATE, QuantizationConfig
+from runtime.checkpoints.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors_file, read_tensor
+from runtime.checkpoints.source import checkpoint_name, find_directory
+from runtime.checkpoints.tensor_spec import check_layout, is_ignored, read_nf4_quant_state
+from runtime.common.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; tensors are read on request."""
+
+    directory: Path
+    name: str
+    config: dict[str, Any]
+    model_config: ModelConfig
+    quantization: QuantizationConfig | None
+    tensors: dict[str, TensorInfo]
+    shards: tuple[SafetensorsFile, ...]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor to newly allocated CPU memory. Thread-safe.
+
+        Raises:
+            CheckpointError: the file was truncated since it was opened, or cannot be read.
+        """
+        return read_tensor(name, self.tensors[name])
+
+    def read_block(self, index: int) -> dict[str, torch.Tensor]:
+        """Read the tensors of block `index`, named without their `model.layers.N.` prefix.
+
+        Raises:
+            CheckpointError: see `read`; or a packed linear has values out of range.
+        """
+        prefix = block_prefix(index)
+        block = {name.removeprefix(prefix): self.read(name) for name in self.tensors if name.startswith(prefix)}
+        if self.quantization is not None:
+            _check_packed_linears(block, self.model_config, self.quantization, f"{self.name}: {prefix}")
+        return block
+
+    def tensor_nbytes(self, prefix: str = "") -> list[int]:
+        """Return the stored bytes of each tensor whose name starts with `prefix`."""
+        return [stored.nbytes for name, stored in self.tensors.items() if name.startswith(prefix)]
+
+    def nbytes(self, prefix: str = "") -> int:
+        """Return the stored bytes of all tensors whose names start with `prefix`."""
+        return sum(self.tensor_nbytes(prefix))
+
+    def tokenizer_files(self) -> list[Path]:
+        """Return the tokenizer and chat template files that exist."""
+        return [path for file in TOKENIZER_FILES if (path := self.directory / file).is_file()]
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over config.json, each shard's name, size and header, and the score head's bytes.
+
+        It is cheap, but does not cover the block weights. The head is included because fine-tuned checkpoints of one
+        family have equal headers and different heads.
+        """
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for shard in sorted(self.shards, key=lambda shard: shard.file.name):
+            digest.update(f"\n{shard.file.name} {shard.size} {shard.header_sha256}".encode())
+        for name in HEAD_TENSORS:
+            digest.update(self.read(name).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a reward model: a directory, a hub id such as `Qwen/WorldPM-72B`, or `demo`.
+
+    Raises:
+        CheckpointError: it cannot be found or downloaded, is damaged, or is not a complete reward model.
+    """
+    directory = find_directory(source)
+    config, model_config, quantization = _read_config(directory / "config.json")
+    shards = _open_shards(directory)
+    stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items() if not is_ignored(name)}
+    check_layout(stored, model_config, quantization, str(directory))
+    checkpoint = Checkpoint(directory, checkpoint_name(source), config, model_config, quantization, stored, shards)
+    for name in HEAD_TENSORS:
+        if not bool(checkpoint.read(name).isfinite().all()):
+            raise CheckpointError(f"{directory}: {name} holds a NaN or an infinity; download or train the model again.")
+    return checkpoint
+
+
+def read_config(source: str | Path) -> tuple[dict[str, Any], ModelConfig, QuantizationConfig | None]:
+    """Read only the config, from any source that `open_checkpoint` accepts or from the path of a `config.json`.
+
+    Returns:
+        config.json as parsed, the model's shapes, and the quantization (None if unquantized).
+
+    Raises:
+        CheckpointError: the config cannot be found, downloaded or parsed, or the model is not supported.
+    """
+    path = Path(source)
+    return _read_config(path if path.is_file() else find_directory(source, ("config.json",)) / "config.json")
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig, QuantizationConfig | None]:
+    config = _read_json(path)
+    try:
+        model_config = ModelConfig.from_config(config, str(path))
+    except (TypeError, ValueError, AttributeError) as error:  # such as a string instead of a number
+        raise CheckpointError(f"{path} has a value of the wrong type ({error}); download it again.") from error
+    quantization_entry = config.get("quantization_config")
+    if quantization_entry is None:
+        return config, model_config, None
+    if not isinstance(quantization_entry, dict):
+        raise CheckpointError(f"{path}: quantization_config is {quantization_entry!r:.80}; an object was expected.")
+    return config, model_config, QuantizationConfig.from_config(quantization_entry, str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is {path.parent} the directory of a checkpoint?") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download or write it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; a JSON object was expected.")
+    return content
+
+
+def _open_shards(directory: Path) -> tuple[SafetensorsFile, ...]:
+    """Open `model.safetensors` if it exists (as transformers does), else the shards in the index."""
+    if (directory / SINGLE_FILE).is_file():
+        return (open_safetensors_file(directory / SINGLE_FILE),)
+    index_path = directory / INDEX_FILE
+    if not index_path.is_file():
+        pickles = any(directory.glob("*.bin"))
+        remedy = "its *.bin pickles are never read, convert them" if pickles else "copy the weights there"
+        raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; {remedy}.")
+    weight_map = _read_weight_map(index_path)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not (directory / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory} lacks {len(missing)} of the {len(files)} shards in its index, the first being "
+            f"{missing[0]}; download them again."
+        )
+    shards = tuple(open_safetensors_file(directory / file) for file in files)
+    _check_index(weight_map, shards, index_path)
+    return shards
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map; download or write it again.")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
+        if not plain:
+            raise CheckpointError(f"{path} puts {name} in {file!r}; a .safetensors file beside the index was expected.")
+    return weight_map
+
+
+def _check_index(weight_map: dict[str, str], shards: tuple[SafetensorsFile, ...], path: Path) -> None:
+    for shard in shards:
+        for name in shard.tensors:
+            if weight_map.get(name) != shard.file.name:
+                listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
+                raise CheckpointError(f"{shard.file.name} holds {name}, but {path} {listed}; download both again.")
+    held = {name for shard in shards for name in shard.tensors}
+    absent = sorted(weight_map.keys() - held)
+    if absent:
+        raise CheckpointError(
+            f"{path} lists {absent[0]} in {weight_map[absent[0]]}, which does not hold it "
+            f"({len(absent)} such tensors); download both again."
+        )
+
+
+def _check_packed_linears(
+    block: dict[str, torch.Tensor], model_config: ModelConfig, quantization: QuantizationConfig, where: str
+) -> None:
+    """Check what headers do not show: the range of g_idx, the NF4 quant state, the order of LLM.int8 codes."""
+    for linear in BLOCK_LINEARS:
+        shape = model_config.linear_shape(linear)
+        if quantization.method == "gptq":
+            g_idx, num_groups = block[f"{linear}.g_idx"], quantization.num_groups(shape[1])
+            if int(g_idx.min()) < 0 or int(g_idx.max()) >= num_groups:
+                raise CheckpointError(f"{where}{linear}.g_idx points outside the {num_groups} groups of scales.")
+        elif quantization.method == "nf4":
+            names = (NF4_QUANT_STATE, "weight.nested_absmax")
+            try:
+                read_nf4_quant_state(
+                    {name: block[key] for name in names if (key := f"{linear}.{name}") in block}, shape
+                )
+            except CheckpointError as error:
+                raise CheckpointError(f"{where}{linear}.{error}") from error
+        elif int(block[f"{linear}.weight_format"]) != 0:
+            raise CheckpointError(f"{where}{linear}.weight_format is not 0 (row order); save the model again.")

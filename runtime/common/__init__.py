@@ -1,0 +1,1 @@
+"""Shared by all packages: errors, atomic files, terminal output, command entry points."""

@@ -1,0 +1,73 @@
+"""Run a command: exit status, error lines, signals; and the parser that its `--help` comes from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TypeVar
+
+from rich.console import Console
+
+from runtime.common.errors import USER_FIXABLE_ERRNOS, KitError, describe_os_error
+from runtime.common.process_memory import keep_freed_memory
+
+ERROR = 2
+STOPPED = 130
+BROKEN_PIPE = 141  # what a shell reports for a process killed by SIGPIPE
+
+Options = TypeVar("Options")
+
+
+def run_command(
+    parse: Callable[[list[str] | None], Options],
+    run: Callable[[Options, Console], int],
+    resume_hint: Callable[[Options], str],
+    argv: list[str] | None = None,
+) -> int:
+    """Parse `argv`, call `run` with the options, and return the exit status.
+
+    Errors that the user can fix are printed as one line on standard error, with status 2. All others keep their
+    traceback. Ctrl-C and SIGTERM print `resume_hint(options)`, with status 130.
+    """
+    keep_freed_memory()
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        options = parse(argv)
+        try:
+            return run(options, console)
+        except KeyboardInterrupt:
+            console.print(f"stopped; {resume_hint(options)}")
+            return STOPPED
+    except KitError as error:
+        console.print(f"error: {error}")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports the pipe again at exit
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in USER_FIXABLE_ERRNOS:
+            raise
+        console.print(f"error: {describe_os_error(error)}")
+    return ERROR
+
+
+def make_parser(module_command: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Return a parser that prints `description` and `epilog` with their line breaks.
+
+    Args:
+        module_command: program name in the usage line when the module is run with `python -m` or as a file; the
+            installed command is shown by its own name.
+    """
+    name = module_command if sys.argv[0].endswith(".py") else Path(sys.argv[0]).name
+    return argparse.ArgumentParser(
+        prog=name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

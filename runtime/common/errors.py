@@ -1,0 +1,62 @@
+"""Errors that the user can fix. Any other exception is a bug in this project and keeps its traceback.
+
+A message states what is wrong, the value found and the remedy, in that order. Commands print it after ``error:`` and
+exit with status 2.
+"""
+
+import errno
+
+USER_FIXABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+"""OSError numbers that the user can fix."""
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or use another disk",
+    errno.EDQUOT: "free some space, or use another disk",
+    errno.EIO: "check the disk, or use another one",
+}
+
+
+class KitError(Exception):
+    """Base class of the errors that the user can fix."""
+
+
+class CheckpointError(KitError):
+    """A checkpoint is missing, damaged, or not a WorldPM-style reward model."""
+
+
+class ConversationError(KitError):
+    """A conversation, or a file of conversations, cannot be scored as it is."""
+
+
+class ConfigurationError(KitError):
+    """Options contradict each other, or the work does not fit the machine."""
+
+
+class JobError(KitError):
+    """A quantization or scoring job cannot start, continue or resume."""
+
+
+class UnresumableJobError(JobError):
+    """A job that cannot be resumed."""
+
+
+class NonFiniteError(KitError):
+    """A NaN or an infinity; the message names the first tensor, block or conversation that has it.
+
+    Attributes:
+        block: index of the block, or None if it did not come from a block.
+    """
+
+    block: int | None = None
+
+
+def printable(text: str) -> str:
+    """Return `text` with characters that UTF-8 cannot encode, such as surrogates in file names, as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return the file, the system's message and the remedy for an error in `USER_FIXABLE_ERRNOS`."""
+    prefix = f"{error.filename}: " if error.filename else ""
+    remedy = _REMEDIES.get(error.errno or 0, "change its permissions, or use another path")
+    return f"{prefix}{(error.strerror or str(error)).lower()}; {remedy}."

@@ -1,0 +1,1 @@
+"""Conversations and preference pairs: row files, chat rendering, policy transcripts."""

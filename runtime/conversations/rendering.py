@@ -1,0 +1,233 @@
+"""Render a conversation into token ids, and find the index of the token that is scored.
+
+All entry points (commands, API, page, calibration, parity) use this module, so they score the same tokens. Rules:
+
+* The system block is always present, and empty unless the user gave one, as in training.
+* Special-token text inside a message is encoded as plain text. It cannot close a turn or end the conversation.
+* The scored token is the last `<|endoftext|>` that the checkpoint's chat template emits. Its index is stored and never
+  derived from padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from runtime.common.errors import CheckpointError, ConversationError
+from runtime.conversations.conversation import ChatMessage, check_conversation
+
+SCORED_TOKEN = "<|endoftext|>"
+_PRIVATE_USE = range(0xE000, 0xF900)
+
+
+@dataclass(frozen=True)
+class RenderedConversation:
+    """The model's input for one conversation.
+
+    Attributes:
+        token_ids: including the special tokens.
+        scored_index: index in `token_ids` of the token whose hidden state is scored.
+        warnings: for the user, such as dropped turns.
+    """
+
+    token_ids: list[int]
+    scored_index: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """sha256 of the token ids; the key of stored reference scores."""
+        return hashlib.sha256(np.asarray(self.token_ids, dtype="<i8").tobytes()).hexdigest()
+
+
+class Renderer:
+    """Renders conversations with a checkpoint's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str, max_positions: int, where: str = "chat template"):
+        """`max_positions` is the longest rendering in tokens; `where` names the checkpoint in errors.
+
+        Raises:
+            CheckpointError: the template does not compile, or does not end in `<|endoftext|>`.
+        """
+        self.max_positions = max_positions
+        self._tokenizer = tokenizer
+        # `_encode` handles the special tokens itself; special-token text inside the remaining pieces is user text.
+        self._tokenizer.encode_special_tokens = True
+        specials = {
+            token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+        if SCORED_TOKEN not in specials:
+            raise CheckpointError(
+                f"{where}: the tokenizer has no special token {SCORED_TOKEN}, the token that is scored."
+            )
+        self._special_ids = specials
+        by_length = sorted(specials, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")")
+        self._template = _compile_template(template, where)
+        self._check_template(where)
+
+    @classmethod
+    def from_directory(cls, directory: Path, max_positions: int) -> Renderer:
+        """Read `tokenizer.json` and the chat template of a checkpoint directory.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy the tokenizer files of the original checkpoint there.")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
+        return cls(tokenizer, _read_template(Path(directory)), max_positions, str(directory))
+
+    def render(
+        self, messages: Sequence[ChatMessage], *, truncate: bool = False, where: str = ""
+    ) -> RenderedConversation:
+        """Render a conversation that ends in the assistant's response.
+
+        Args:
+            messages: the turns; an empty system turn is added if there is none.
+            truncate: drop whole turns, oldest first, until the rendering has at most `max_positions` tokens.
+            where: names the conversation in errors, such as `pairs.jsonl:12`.
+
+        Raises:
+            ConversationError: a turn is malformed, or the rendering is too long.
+        """
+        check_conversation(messages, where)
+        system, *turns = _with_system(messages)
+        warnings = []
+        if system["content"]:
+            warnings.append("non-empty system prompt: the model was trained with an empty one")
+        token_ids = self._encode([system, *turns])
+        dropped = 0
+        if truncate and len(token_ids) > self.max_positions:
+            dropped = self._first_that_fits(system, turns)
+            token_ids = self._encode([system, *turns[dropped:]])
+        if len(token_ids) > self.max_positions:
+            remedy = "shorten it, or allow truncation (--truncate)" if len(turns) > 2 else "shorten it"
+            if truncate:
+                remedy = "the last exchange alone does not fit; shorten it"
+            raise ConversationError(
+                f"{where or 'conversation'}: {len(token_ids)} tokens, but the model has {self.max_positions} "
+                f"positions; {remedy}."
+            )
+        if dropped:
+            warnings.append(f"truncated: the oldest {dropped} turns were dropped")
+        last = len(token_ids) - 1 - token_ids[::-1].index(self._special_ids[SCORED_TOKEN])
+        return RenderedConversation(token_ids, last, warnings)
+
+    def _first_that_fits(self, system: ChatMessage, turns: list[ChatMessage]) -> int:
+        """Index of the oldest user turn from which the conversation fits, else of the last user turn.
+
+        Bisection needs few encodings; encoding the rest for every start would be quadratic.
+        """
+        starts = [0, *(i for i in range(1, len(turns)) if turns[i]["role"] == "user")]
+
+        def fits(start: int) -> bool:
+            return len(self._encode([system, *turns[start:]])) <= self.max_positions
+
+        return starts[bisect_left(starts, True, hi=len(starts) - 1, key=fits)]
+
+    def _encode(self, messages: list[ChatMessage]) -> list[int]:
+        """Render the template, split at its special tokens, and encode the text between them.
+
+        Special-token text in messages is broken by a private-use character before the split, which is removed after it.
+        """
+        escape_character = _unused_character(messages)
+        escaped = [
+            {
+                **m,
+                "content": self._special_pattern.sub(
+                    lambda s: _escape_special_token(s[0], escape_character), m["content"]
+                ),
+            }
+            for m in messages
+        ]
+        token_ids: list[int] = []
+        for piece in self._special_pattern.split(self._render_text(escaped)):
+            if piece in self._special_ids:
+                token_ids.append(self._special_ids[piece])
+            elif piece:
+                text = piece.replace(escape_character, "")
+                token_ids.extend(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return token_ids
+
+    def _render_text(self, messages: list[dict[str, str]]) -> str:
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=False)
+        except jinja2.TemplateError as error:
+            raise ConversationError(f"the chat template rejects this conversation: {error}") from error
+
+    def _check_template(self, where: str) -> None:
+        probe = [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]
+        if not self._render_text(probe).rstrip().endswith(SCORED_TOKEN):
+            raise CheckpointError(
+                f"{where}: the chat template does not end a conversation with {SCORED_TOKEN}, the token that is "
+                "scored; restore the published chat template of the reward model."
+            )
+
+
+def _with_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    if messages[0]["role"] == "system":
+        return list(messages)
+    return [{"role": "system", "content": ""}, *messages]
+
+
+def _unused_character(messages: list[ChatMessage]) -> str:
+    """A private-use character that occurs in no message."""
+    used = set().union(*(message["content"] for message in messages))
+    return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+
+
+def _escape_special_token(special: str, escape_character: str) -> str:
+    return special[0] + escape_character + special[1:]
+
+
+def _compile_template(template: str, where: str) -> jinja2.Template:
+    """Compile like transformers does: in a sandbox, because templates are untrusted."""
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise CheckpointError(f"{where}: the chat template does not compile: {error}") from error
+
+
+def _read_template(directory: Path) -> str:
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config_file = directory / "tokenizer_config.json"
+    try:
+        template: Any = json.loads(config_file.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{config_file} cannot be read: {error}") from error
+    if isinstance(template, list):  # several named templates
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    if not isinstance(template, str):
+        raise CheckpointError(
+            f"{config_file} has no chat_template, and chat_template.jinja is missing; copy it from the original "
+            "checkpoint."
+        )
+    return template

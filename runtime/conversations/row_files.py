@@ -1,0 +1,237 @@
+"""Read JSONL, JSON, CSV and Parquet files row by row, each row with its location.
+
+Rows are decoded but not interpreted; see `runtime.conversations.row_shapes`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from runtime.common.errors import ConversationError
+from runtime.conversations.row_shapes import PAIR_EXAMPLE
+
+INPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
+_BATCH_ROWS = 64
+_LONGEST_CELL = 1 << 24  # characters; after an unclosed quotation mark the rest of the file is one cell
+
+
+def is_row_file(path: Path) -> bool:
+    """Whether the name ends in one of `INPUT_SUFFIXES`."""
+    return path.name.endswith(INPUT_SUFFIXES)
+
+
+def read_rows(path: Path, *, keep_errors: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield (location, row) for every row of a file; a location is ``pairs.jsonl:12`` or ``pairs.parquet row 12``.
+
+    JSONL, CSV and Parquet are streamed. A JSON array, or an object of columns, is read into memory. JSONL in a `.json`
+    file is recognised. Blank lines are skipped. CSV needs a header; its `response` column is one response to `prompt`.
+
+    Args:
+        path: ends in one of `INPUT_SUFFIXES`.
+        keep_errors: yield the ConversationError in place of a row that is no JSON or has the wrong number of CSV cells,
+            and go on. By default it is raised.
+
+    Raises:
+        ConversationError: the file cannot be opened or is not in the format of its suffix, with line and column.
+    """
+    if not is_row_file(path):
+        raise ConversationError(
+            f"{path} has no supported suffix; a file that ends in {', '.join(INPUT_SUFFIXES)} was expected."
+        )
+    try:
+        if path.name.endswith(".parquet"):
+            yield from _parquet_rows(path)
+        elif path.name.endswith(".csv"):
+            yield from _csv_rows(path, keep_errors)
+        elif path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from _jsonl_rows(_lines(path), keep_errors)
+        else:
+            yield from _json_rows(path, keep_errors)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ConversationError(
+            f"{path} is not a complete gzip file ({error}); download or compress it again."
+        ) from error
+    except OSError as error:
+        raise ConversationError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_jsonl_file(file: BinaryIO, name: str, *, keep_errors: bool = False) -> Iterator[tuple[str, Any]]:
+    """Like `read_rows` for an open JSONL file such as standard input; locations are ``name:12``."""
+    return _jsonl_rows(_numbered(file, name), keep_errors)
+
+
+def count_rows(path: Path) -> int | None:
+    """Approximate number of rows: from the Parquet footer or the line ends of JSONL; None for other formats."""
+    if path.name.endswith(".parquet"):
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_metadata(path).num_rows
+    if not path.name.endswith(".jsonl"):
+        return None
+    with open(path, "rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Location and bytes of every line, including its line end."""
+    with _open(path) as file:
+        yield from _numbered(file, path.name)
+
+
+def _numbered(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
+    for number, line in enumerate(file, start=1):
+        yield f"{name}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+def _jsonl_rows(lines: Iterable[tuple[str, bytes]], keep_errors: bool) -> Iterator[tuple[str, Any]]:
+    for where, line in lines:
+        row: Any
+        try:
+            text = _decode(line, where)
+            if not text.strip():
+                continue
+            row = _parse(text, where)
+        except ConversationError as row_error:
+            if not keep_errors:
+                raise
+            row = row_error
+        yield where, row
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ConversationError(
+            f"{where}: byte {error.start + 1} of the line, 0x{data[error.start]:02x}, is not UTF-8; "
+            "save the file as UTF-8."
+        ) from None
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        found = text[max(error.pos - 20, 0) : error.pos + 20].strip()
+        hint = " If the file is one JSON array, rename it to .json." if text.lstrip().startswith("[") else ""
+        raise ConversationError(
+            f"{where}: not JSON at column {error.colno}, near {found!r} ({error.msg}); "
+            f"each line must be one object such as {PAIR_EXAMPLE}.{hint}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        raise ConversationError(f"{where}: this JSON cannot be parsed ({error}); fix or remove the line.") from None
+
+
+def _json_rows(path: Path, keep_errors: bool) -> Iterator[tuple[str, Any]]:
+    lines = _lines(path)
+    texts = ((where, _decode(line, where)) for where, line in lines)
+    where, first = next((line for line in texts if line[1].strip()), ("", ""))
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        row = None  # the first line alone is no JSON
+    if isinstance(row, dict) and not _is_columns(row):
+        yield where, row
+        yield from _jsonl_rows(lines, keep_errors)
+    elif first:
+        for number, row in enumerate(_whole_json(path), start=1):
+            yield f"{path.name} row {number}", row
+
+
+def _whole_json(path: Path) -> list[Any]:
+    """The rows of a JSON array or of an object of columns."""
+    try:
+        value = json.loads("".join(_decode(line, where) for where, line in _lines(path)))
+    except json.JSONDecodeError as error:
+        raise ConversationError(
+            f"{path.name}:{error.lineno}: not JSON at column {error.colno} ({error.msg}); "
+            f"an array of objects such as {PAIR_EXAMPLE} was expected."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ConversationError(f"{path.name}: this JSON cannot be parsed ({error}); fix the file.") from None
+    if isinstance(value, dict):
+        return _rows_of_columns(value, path.name) if _is_columns(value) else [value]
+    if not isinstance(value, list):
+        raise ConversationError(
+            f"{path.name} holds one {type(value).__name__}; an array of objects such as {PAIR_EXAMPLE} was expected."
+        )
+    return value
+
+
+def _is_columns(value: dict[str, Any]) -> bool:
+    """Whether an object is a table of columns, which hold lists of texts or of lists. A row holds neither."""
+    columns = (value.get(key) for key in ("prompt", "chosen", "rejected", "messages"))
+    return any(isinstance(column, list) and column and isinstance(column[0], (str, list)) for column in columns)
+
+
+def _rows_of_columns(columns: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    lengths = {key: len(column) for key, column in columns.items() if isinstance(column, list)}
+    if len(lengths) < len(columns) or len(set(lengths.values())) != 1:
+        raise ConversationError(
+            f"{name}: the columns differ in length ({lengths}); every column needs one entry per row."
+        )
+    return [dict(zip(columns, entries, strict=True)) for entries in zip(*columns.values(), strict=True)]
+
+
+def _csv_rows(path: Path, keep_errors: bool) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(_LONGEST_CELL)
+    lines = csv.reader((_decode(line, where) for where, line in _lines(path)), strict=True)
+    try:
+        header = [name.strip() for name in next(lines, [])]
+        if "prompt" not in header or not {"chosen", "response"} & set(header):
+            raise ConversationError(
+                f"{path.name}:1: the columns are {', '.join(header)[:200] or 'none'}; the first line must name "
+                "prompt, chosen and rejected, or prompt and response."
+            )
+        for cells in lines:
+            where = f"{path.name}:{lines.line_num}"
+            if len(cells) == len(header):
+                yield where, _csv_row(dict(zip(header, cells, strict=True)))
+            elif cells:
+                row_error = ConversationError(
+                    f"{where}: the row has {len(cells)} cells but {len(header)} columns; quote cells that contain "
+                    "commas, line breaks or quotation marks."
+                )
+                if not keep_errors:
+                    raise row_error
+                yield where, row_error
+    except csv.Error as error:
+        raise ConversationError(
+            f"{path.name}:{lines.line_num}: not CSV ({error}); fix the quotation marks there or before it."
+        ) from None
+
+
+def _csv_row(cells: dict[str, str]) -> dict[str, Any]:
+    """The row of a line. Empty cells are dropped, except in the columns of the prompt and the responses."""
+    texts = ("prompt", "chosen", "rejected", "response")
+    row: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and name not in texts}
+    if "response" in cells and not cells.get("chosen"):
+        turns = {"user": cells["prompt"], "assistant": cells["response"]}
+        return row | {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
+    return row | {name: cells[name] for name in texts[:3] if name in cells}
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow  # here because the import is slow and only Parquet needs it
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path.name} row {number}", row
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise ConversationError(f"{path} cannot be read as Parquet after row {number}: {error}") from error

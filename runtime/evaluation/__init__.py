@@ -1,0 +1,1 @@
+"""Compare a variant's scores with reference scores: metrics, breakdowns, parity report."""

@@ -1,0 +1,1 @@
+"""Run a model on its devices: memory estimate, placement, loading, pipeline, streaming."""
