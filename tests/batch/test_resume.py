@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from runtime.batch.output_state import OutputState
 from runtime.batch.reader import ScoreInput
 from runtime.score import main
 from runtime.scorer import Scorer
+from tests.helpers.interruption import raise_at_call
 from tests.helpers.processes import start_process
 from tests.helpers.tiny_score import mixed_rows, score, write_jsonl
 
@@ -50,26 +50,6 @@ def rows_written(output: Path) -> int:
     return -1 if state is None else state.rows
 
 
-def stop(
-    patch: pytest.MonkeyPatch, owner: type, name: str, call: int, error: BaseException, after: bool = False
-) -> None:
-    """Let the `call`-th call of `owner.name` raise, before it does anything or after it did all."""
-    real: Callable = getattr(owner, name)
-    calls = 0
-
-    def wrapper(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call and not after:
-            raise error
-        result = real(*args, **kwargs)
-        if calls == call:
-            raise error
-        return result
-
-    patch.setattr(owner, name, wrapper)
-
-
 MOMENTS = {
     "as a window is scored": (Scorer, "score_rendered", 3, False),
     "before a window is written": (OutputFile, "write", 4, False),
@@ -94,7 +74,7 @@ def test_another_machine_does_not_go_on_in_another_dtype(tiny_checkpoint, rows, 
     for fast, status in ((True, 130), (False, 2)):
         monkeypatch.setattr("runtime.execution.precision_choice._cpu_is_faster_in_bfloat16", lambda fast=fast: fast)
         with pytest.MonkeyPatch.context() as patch:
-            stop(patch, OutputFile, "write", 2, KeyboardInterrupt(), True)
+            raise_at_call(patch, OutputFile, "write", 2, KeyboardInterrupt, True)
             assert main([*command, *([] if fast else ["--resume"])]) == status
     assert "dtype was 'bfloat16' and is now 'float32'" in capfd.readouterr().err
     monkeypatch.undo()
@@ -107,7 +87,7 @@ def test_stopped_at_a_chosen_moment(tiny_checkpoint, rows, undisturbed, tmp_path
     output = tmp_path / f"out.{suffix}"
     owner, name, call, after = MOMENTS[moment]
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, owner, name, call, KeyboardInterrupt(), after)
+        raise_at_call(patch, owner, name, call, KeyboardInterrupt, after)
         assert score(tiny_checkpoint, rows, "--output", output) == 130
     done = rows_written(output)
     assert done > 0
@@ -120,7 +100,7 @@ def test_stopped_at_a_chosen_moment(tiny_checkpoint, rows, undisturbed, tmp_path
 
 def test_stopped_before_the_first_window_leaves_nothing(tiny_checkpoint, rows, tmp_path, capfd):
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, OutputFile, "write", 1, KeyboardInterrupt())
+        raise_at_call(patch, OutputFile, "write", 1, KeyboardInterrupt)
         assert score(tiny_checkpoint, rows, "--output", tmp_path / "out.csv") == 130
     assert "stopped; no row was written yet" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -128,7 +108,7 @@ def test_stopped_before_the_first_window_leaves_nothing(tiny_checkpoint, rows, t
 
 def test_stopped_after_the_end_is_not_taken_for_nothing(tiny_checkpoint, rows, undisturbed, tmp_path, capfd):
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, OutputFile, "finish", 1, KeyboardInterrupt(), after=True)
+        raise_at_call(patch, OutputFile, "finish", 1, KeyboardInterrupt, after=True)
         assert score(tiny_checkpoint, rows, "--output", tmp_path / "out.csv") == 130
     assert "out.csv is finished" in capfd.readouterr().err
     assert (tmp_path / "out.csv").read_bytes() == undisturbed["csv"]
@@ -141,7 +121,7 @@ def test_scored_rows_are_not_scored_again(tiny_checkpoint, rows, tmp_path, monke
     assert score(tiny_checkpoint, rows, "--output", tmp_path / "whole.jsonl") == 0
     whole = list(calls)
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, OutputFile, "write", 4, KeyboardInterrupt())
+        raise_at_call(patch, OutputFile, "write", 4, KeyboardInterrupt)
         assert score(tiny_checkpoint, rows, "--output", output) == 130
     calls.clear()
     assert score(tiny_checkpoint, rows, "--output", output, "--resume") == 0
@@ -156,7 +136,7 @@ def test_standard_input_is_resumed_with_the_same_rows(tiny_checkpoint, rows, tmp
     pipe(content)
     assert score(tiny_checkpoint, "-", "--output", tmp_path / "whole.jsonl") == 0
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, OutputFile, "write", 4, KeyboardInterrupt())
+        raise_at_call(patch, OutputFile, "write", 4, KeyboardInterrupt)
         pipe(content)
         assert score(tiny_checkpoint, "-", "--output", output) == 130
     assert "the same command with the same rows on standard input and --resume" in capfd.readouterr().err
@@ -171,7 +151,7 @@ def test_standard_input_is_resumed_with_the_same_rows(tiny_checkpoint, rows, tmp
 def test_another_model_or_input_is_refused(tiny_checkpoint, damaged, rows, tmp_path, capfd):
     output = tmp_path / "out.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        stop(patch, OutputFile, "write", 4, KeyboardInterrupt())
+        raise_at_call(patch, OutputFile, "write", 4, KeyboardInterrupt)
         assert score(tiny_checkpoint, rows, "--output", output) == 130
     before = output.read_bytes()
     (damaged / "config.json").write_text((damaged / "config.json").read_text() + "\n")
@@ -194,7 +174,7 @@ def test_a_resumed_run_groups_rows_as_before_whatever_the_plan_would_be_now(tiny
         patch.setattr("runtime.execution.placement.CPU_CHUNK_TOKENS", 24)
         patch.setattr("runtime.execution.placement.MIN_CPU_CHUNK_TOKENS", 24)
         assert main([*command, str(tmp_path / "whole.jsonl")]) == 0
-        stop(patch, OutputFile, "write", 4, KeyboardInterrupt())
+        raise_at_call(patch, OutputFile, "write", 4, KeyboardInterrupt)
         assert main([*command, str(output)]) == 130
     assert OutputState.load(output).recipe["token_budget"] == 24
     for more, message in (

@@ -20,6 +20,7 @@ from quantize.job.state import Job
 from quantize.sweep.checkpoint_writer import CheckpointWriter
 from quantize.sweep.hidden_states import SweepStates
 from runtime.evaluation.reference_scores import ReferenceScores
+from tests.helpers.interruption import raise_at_call
 from tests.helpers.processes import start_process
 from tests.helpers.tiny_job import arguments, digests, quantize, write_job_model, write_pairs
 
@@ -73,24 +74,6 @@ class Pulled(BaseException):
     """The plug."""
 
 
-def pull(patch: pytest.MonkeyPatch, owner: object, name: str, call: int, after: bool = False) -> None:
-    """Let the `call`-th call of `owner.name` raise, before it does anything or after it did all."""
-    real: Callable = getattr(owner, name)
-    calls = 0
-
-    def wrapper(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call and not after:
-            raise Pulled
-        result = real(*args, **kwargs)
-        if calls == call:
-            raise Pulled
-        return result
-
-    patch.setattr(owner, name, wrapper)
-
-
 RUN, QUANTIZER, WRITER = (
     sys.modules[f"quantize.{name}"] for name in ("run", "sweep.linear_quantizer", "sweep.checkpoint_writer")
 )
@@ -125,7 +108,7 @@ MOMENTS = {
 def test_stopped_at_a_chosen_moment(place, undisturbed, tmp_path, moment):
     owner, name, call = MOMENTS[moment]
     with pytest.MonkeyPatch.context() as patch:
-        pull(patch, owner, name, call)
+        raise_at_call(patch, owner, name, call, Pulled)
         with pytest.raises(Pulled):
             run(place, tmp_path / "out")
     assert run(place, tmp_path / "out", "--resume") == 0
@@ -135,7 +118,7 @@ def test_stopped_at_a_chosen_moment(place, undisturbed, tmp_path, moment):
 
 def test_a_resume_takes_the_threads_that_the_job_was_started_with(place, undisturbed, tmp_path, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
-        pull(patch, Job, "finish_block", 2)
+        raise_at_call(patch, Job, "finish_block", 2, Pulled)
         with pytest.raises(Pulled):
             run(place, tmp_path / "out")
     before, used = torch.get_num_threads(), []
@@ -150,7 +133,7 @@ def test_stopped_again_and_again(place, undisturbed, tmp_path):
     """Each time a block or two further."""
     for call, more in ((1, []), (2, ["--resume"]), (2, ["--resume"])):
         with pytest.MonkeyPatch.context() as patch:
-            pull(patch, Job, "finish_block", call, after=True)
+            raise_at_call(patch, Job, "finish_block", call, Pulled, after=True)
             with pytest.raises(Pulled):
                 run(place, tmp_path / "out", *more)
     assert finished_blocks(tmp_path / "out") == 5
@@ -160,7 +143,7 @@ def test_stopped_again_and_again(place, undisturbed, tmp_path):
 
 def test_finished_blocks_are_not_read_again(place, tmp_path, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
-        pull(patch, Job, "finish_block", 4)
+        raise_at_call(patch, Job, "finish_block", 4, Pulled)
         with pytest.raises(Pulled):
             run(place, tmp_path / "out")
     read = []
@@ -178,7 +161,7 @@ def test_other_jobs_resume_too(place, tmp_path, more):
     """Without parity pairs there is no noise floor, without rows nothing to calibrate on."""
     assert run(place, tmp_path / "whole", *more) == 0
     with pytest.MonkeyPatch.context() as patch:
-        pull(patch, SweepStates, "swap_buffers", 2)
+        raise_at_call(patch, SweepStates, "swap_buffers", 2, Pulled)
         with pytest.raises(Pulled):
             run(place, tmp_path / "out", *more)
     assert run(place, tmp_path / "out", *more, "--resume") == 0
@@ -187,7 +170,7 @@ def test_other_jobs_resume_too(place, tmp_path, more):
 
 def test_streams_that_were_lost_are_named(place, tmp_path, capfd):
     with pytest.MonkeyPatch.context() as patch:
-        pull(patch, SweepStates, "swap_buffers", 2)
+        raise_at_call(patch, SweepStates, "swap_buffers", 2, Pulled)
         with pytest.raises(Pulled):
             run(place, tmp_path / "out")
     (tmp_path / "out" / "job" / "streams" / "quantized.0.bin").unlink()
