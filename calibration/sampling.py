@@ -8,16 +8,27 @@ or the Python version.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from calibration.prompt_order import SourceRow, group_by_prompt, round_robin, stratified_order
 from calibration.sources import ConversationRow, LoadedRows
 from runtime.common.errors import ConversationError
 from runtime.conversations.conversation import ChatMessage, PreferencePair
-from runtime.conversations.rendering import RenderedConversation, Renderer
+from runtime.conversations.rendering import RenderedConversation
+
+
+class ConversationRenderer(Protocol):
+    """What `sample` needs of `runtime.conversations.rendering.Renderer`."""
+
+    max_positions: int
+
+    def render(self, messages: Sequence[ChatMessage], *, where: str = "") -> RenderedConversation:
+        """Raise ConversationError if the rendering has more than `max_positions` tokens."""
 
 
 class CalibrationRow(NamedTuple):
@@ -87,10 +98,12 @@ class Sample:
 
 def sample(
     rows: LoadedRows,
-    renderer: Renderer,
+    renderer: ConversationRenderer,
     *,
-    rows_wanted: int = 128,
+    rows_wanted: int | None = None,
+    tokens_wanted: int | None = None,
     parity_pairs: int | None = None,
+    exact_pairs: bool = True,
     max_tokens: int | None = None,
     seed: int = 0,
 ) -> Sample:
@@ -99,9 +112,11 @@ def sample(
     Args:
         rows: from `calibration.sources.load_rows`.
         renderer: of the checkpoint. Conversations longer than its `max_positions` are skipped, never truncated.
-        rows_wanted: number of calibration conversations. A pair gives two, its chosen and its rejected one; the last
-            pair gives only its chosen one if one row is missing.
+        rows_wanted: number of calibration conversations. A pair gives two; the last one only its chosen one if needed.
+        tokens_wanted: if `rows_wanted` is None, pairs are taken until they have this many tokens, a pair's prompt
+            counted once. There are fewer tokens if the data has fewer, or if half of the prompts is needed for parity.
         parity_pairs: number of held-out pairs; None for all that remain.
+        exact_pairs: whether fewer pairs than `parity_pairs` are an error; one is always needed.
         max_tokens: a lower limit on the length of a conversation, in tokens.
         seed: of the split.
 
@@ -110,20 +125,26 @@ def sample(
     """
     length_filter = _LengthFilter(renderer, min(max_tokens or renderer.max_positions, renderer.max_positions))
     prompts = stratified_order(group_by_prompt([*rows.pairs, *rows.conversations], seed), seed)
-    calibration, unused_prompts = _select_calibration_rows(prompts, length_filter, rows_wanted)
-    if len(calibration) < rows_wanted:
+    reserved = 0
+    if rows_wanted is None and rows.pairs:
+        reserved = min(len(prompts) // 2, len(prompts) if parity_pairs is None else parity_pairs)
+    calibration, unused_prompts = _select_calibration_rows(
+        prompts[: len(prompts) - reserved], length_filter, rows_wanted, tokens_wanted
+    )
+    unused_prompts += prompts[len(prompts) - reserved :]
+    if len(calibration) < (1 if rows_wanted is None else rows_wanted):
         raise ConversationError(
-            f"{rows.source}: {len(calibration)} of the {rows_wanted} requested calibration rows are available in "
+            f"{rows.source}: {len(calibration)} of the {rows_wanted or 1} requested calibration rows are available in "
             f"{_size(rows)}{length_filter.explanation()}; request fewer rows or give more data."
         )
     parity = _select_parity_pairs(unused_prompts, length_filter, parity_pairs)
     notes = [length_filter.note()] if length_filter.too_long else []
     if not rows.pairs and parity_pairs != 0:
         notes.append("no parity: the data has single conversations only, and parity needs pairs")
-    elif len(parity) < (1 if parity_pairs is None else parity_pairs):
+    elif len(parity) < (needed := 1 if parity_pairs is None else parity_pairs if exact_pairs else min(parity_pairs, 1)):
         raise ConversationError(
-            f"{rows.source}: {rows_wanted} calibration rows leave {len(parity)} pairs on other prompts for parity, of "
-            f"{_size(rows)}, but {parity_pairs or 'at least 1'} was requested{length_filter.explanation()}; request "
+            f"{rows.source}: {len(calibration)} calibration rows leave {len(parity)} pairs on other prompts for "
+            f"parity, of {_size(rows)}, but at least {needed} was requested{length_filter.explanation()}; request "
             "fewer rows or pairs, or give data with more different prompts."
         )
     return Sample(calibration, parity, length_filter.too_long, notes)
@@ -136,7 +157,7 @@ def _size(rows: LoadedRows) -> str:
 class _LengthFilter:
     """Renders conversations, and counts those that are too long."""
 
-    def __init__(self, renderer: Renderer, max_tokens: int):
+    def __init__(self, renderer: ConversationRenderer, max_tokens: int):
         self.renderer, self.max_tokens = renderer, max_tokens
         self.too_long, self.first_error = 0, ""
 
@@ -162,7 +183,7 @@ class _LengthFilter:
 
 
 def _select_calibration_rows(
-    prompts: list[list[SourceRow]], length_filter: _LengthFilter, rows_wanted: int
+    prompts: list[list[SourceRow]], length_filter: _LengthFilter, rows_wanted: int | None, tokens_wanted: int | None
 ) -> tuple[list[CalibrationRow], list[list[SourceRow]]]:
     """The calibration rows and the unused prompts.
 
@@ -175,16 +196,26 @@ def _select_calibration_rows(
     ]
     selected: list[CalibrationRow] = []
     used_prompts: set[int] = set()
+    tokens = 0
     for index, source_row in queue:
-        if len(selected) >= rows_wanted:
+        if len(selected) >= rows_wanted if rows_wanted is not None else tokens >= (tokens_wanted or 0):
             break
         used_prompts.add(index)
-        for conversation in _conversations(source_row):
-            rendered = length_filter.render_if_fits(conversation.messages, conversation.where)
-            if rendered is not None:
-                selected.append(CalibrationRow(conversation, rendered))
+        taken = [
+            CalibrationRow(conversation, rendered)
+            for conversation in _conversations(source_row)
+            if (rendered := length_filter.render_if_fits(conversation.messages, conversation.where))
+        ]
+        selected += taken
+        tokens += _distinct_tokens([row.rendered.token_ids for row in taken])
     unused_prompts = [source_rows for index, source_rows in enumerate(prompts) if index not in used_prompts]
     return selected[:rows_wanted], unused_prompts
+
+
+def _distinct_tokens(sequences: Sequence[list[int]]) -> int:
+    """Number of tokens of the conversations of one row, with their common prefix counted once."""
+    common = len(os.path.commonprefix(sequences)) if len(sequences) > 1 else 0
+    return sum(map(len, sequences)) - common * (len(sequences) - 1)
 
 
 def _conversations(source_row: SourceRow) -> list[ConversationRow]:

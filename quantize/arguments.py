@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantize.job.options import FIXED_BITS, METHODS, QuantizeOptions
+from quantize.job.options import (
+    DEMO_PARITY_PAIRS,
+    FIXED_BITS,
+    METHODS,
+    PARITY_PAIRS,
+    TOKENS_PER_INPUT,
+    QuantizeOptions,
+)
 from runtime.common.command import make_parser
 from runtime.common.errors import ConfigurationError
 from runtime.common.terminal import parse_size
@@ -81,14 +88,19 @@ def _add_conversations(group: argparse._ArgumentGroup) -> None:
         help="preference pairs: JSONL, JSON, CSV or Parquet in TRL's formats, or a hub dataset id "
         "(default: the bundled pairs)",
     )
-    group.add_argument("--rows", type=int, default=128, help="number of calibration rows (default %(default)s)")
+    group.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help=f"number of calibration rows (default: as many as give {TOKENS_PER_INPUT} tokens for each input of the "
+        "widest linear, or all that the data has beside the parity pairs)",
+    )
     group.add_argument(
         "--parity-pairs",
         type=int,
-        default=64,
         metavar="N",
         help="held-out pairs to compare scores on; they share no prompt with the calibration rows "
-        "(default %(default)s)",
+        f"(default: {PARITY_PAIRS}, or as many as the data has; {DEMO_PARITY_PAIRS} for the demo)",
     )
     group.add_argument(
         "--max-tokens",

@@ -69,6 +69,8 @@ def run(options: QuantizeOptions, console: Console) -> int:
     inputs = read_inputs(options)
     print_plan(inputs.plan, inputs.checkpoint.name, output, console)
     console.print(f"{inputs.rows.summary()}\n{inputs.sample.summary()}", style="dim")
+    for note in inputs.notes:
+        console.print(f"note: {note}", style="bold")
 
     # 3. Start the job, or resume it after its last finished block.
     with Job.open(output, inputs.recipe, resume=options.resume) as job:

@@ -20,7 +20,6 @@ from runtime.modeling.precision import BFLOAT16, Precision
 from runtime.modeling.qwen2 import Block, RotaryEmbedding
 
 TOKENS_PER_BATCH = 2048  # so that activations fit the CPU cache
-GROUP_SIZE = 64  # the largest usual group size that divides the demo's hidden size
 CONVERSATIONS_PER_SAVE = 200
 
 WeightNoise = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -70,9 +69,9 @@ class Backbone:
         return features
 
 
-def quantization_step_noise(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Add uniform noise with the width of one step of a symmetric 4-bit grid."""
-    grouped = weight.float().unflatten(1, (-1, GROUP_SIZE))
+def quantization_step_noise(weight: torch.Tensor, generator: torch.Generator, group_size: int) -> torch.Tensor:
+    """Add uniform noise with the width of one step of a symmetric 4-bit grid in groups of `group_size`."""
+    grouped = weight.float().unflatten(1, (-1, group_size))
     step = grouped.abs().amax(-1, keepdim=True) / 8
     noise = torch.rand(grouped.shape, generator=generator) - 0.5
     return (grouped + step * noise).flatten(1).to(weight.dtype)

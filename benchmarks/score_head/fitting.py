@@ -4,7 +4,7 @@ The score s(x) of features x minimizes -log sigmoid(s(chosen) - s(rejected)) (Br
 how much rounding noise changes the score, not on the size of the weights. With d the measured changes of x under bf16
 arithmetic and under 4-bit weights, and
 
-    M = sum of weight * E[d d'] + floor * I,        M = L L',        z = inv(L) (x - mean),
+    M = sum of weight * E[d d'] + ridge * I,        M = L L',        z = inv(L) (x - mean),
 
 a linear score v.z has ||v||^2 = E[(its noise)^2], so ridge in z is the penalty. Weight decay in x would rely on
 directions of small variance, in which rounding noise dominates.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 NETWORKS, HIDDEN_UNITS = 4, 128
 EPOCHS, PAIRS_PER_STEP, LEARNING_RATE, DROPOUT, UNIT_PENALTY = 6, 64, 1e-3, 0.5, 1.0
-NOISE_RIDGE = 2e-3
+NOISE_RIDGE = 0.05  # of the features' mean variance
 # The penalties shrink scores; with this factor sigmoid(margin) is a calibrated probability again.
 SCORE_SCALE = 1.35
 
@@ -39,7 +39,8 @@ class NoiseMetric:
     @classmethod
     def measure(cls, features: torch.Tensor, noises: list[tuple[float, torch.Tensor]]) -> NoiseMetric:
         """Build the metric from features [n, H] and (weight, changes of features [m, H]) of each kind of noise."""
-        metric = NOISE_RIDGE * torch.eye(features.shape[1], dtype=torch.float64)
+        ridge = NOISE_RIDGE * features.double().var(0).mean()
+        metric = ridge * torch.eye(features.shape[1], dtype=torch.float64)
         for weight, change in noises:
             metric += weight * change.double().T @ change.double() / len(change)
         return cls(features.double().mean(0), torch.linalg.cholesky(metric))

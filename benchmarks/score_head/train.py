@@ -1,10 +1,10 @@
-"""Train the demo's score head on preference pairs and measure its accuracy on held-out prompts.
+"""Train the score head of the demo or of a test bed on preference pairs; measure its accuracy on held-out prompts.
 
     python -m benchmarks.score_head.train PAIRS.jsonl.gz --features features.safetensors --output head.safetensors
 
 The backbone is not trained. Each conversation gives one feature vector, the head's input at the scored token, and the
-head is fitted to these (see `fitting.py`). Computing the features takes over an hour on one core, the rest a minute.
-They are stored in --features, from which an interrupted run is resumed.
+head is fitted to these (see `fitting.py`). Computing the features takes over an hour on one core for the demo, the rest
+a minute. They are stored in --features, from which an interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 
 from benchmarks.score_head.features import Backbone, FeatureStore, quantization_step_noise, two_percent_noise
 from benchmarks.score_head.fitting import NETWORKS, NoiseMetric, fit_linear, fit_network, head_scores, merge_networks
+from quantize.solver.settings import usable_group_size
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from runtime.checkpoints.model_config import BLOCK_LINEARS
 from runtime.common.files import atomic_file
 from runtime.conversations.conversation import ChatMessage, PreferencePair, digest_messages
 from runtime.conversations.rendering import RenderedConversation, Renderer
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the training end to end and print the head's accuracy as JSON."""
     arguments = parse(argv)
     # 1. Read the pairs and render their distinct conversations.
-    checkpoint = open_checkpoint("demo")
+    checkpoint = open_checkpoint(arguments.model)
     renderer = Renderer.from_directory(checkpoint.directory, checkpoint.model_config.max_position_embeddings)
     pairs = read_pairs(arguments.pairs, arguments.max_characters)
     both = {digest_messages(c): c for pair in pairs for c in both_conversations(pair)}
@@ -68,6 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=Path, help="preference pairs: JSONL, JSON or Parquet, also gzipped")
+    parser.add_argument("--model", default="demo", help="checkpoint whose head is trained (default %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="the head to write (safetensors)")
     parser.add_argument("--features", type=Path, required=True, help="file that stores the features (safetensors)")
     parser.add_argument(
@@ -121,12 +124,14 @@ def measure_noises(
     moved = stored_or_sampled_keys(store, "two-percent", trainable, TWO_PERCENT_CONVERSATIONS)
     some = {key: rendered[key] for key in moved}
     store.add("two-percent", some, partial(Backbone, checkpoint, add_noise=two_percent_noise))
+    widths = [checkpoint.model_config.linear_shape(name)[1] for name in BLOCK_LINEARS]
+    step_noise = partial(quantization_step_noise, group_size=usable_group_size(128, widths)[0])
     steps = []
     for seed in range(STEP_SEEDS):
         variant = f"step-{seed}"
         keys = stored_or_sampled_keys(store, variant, trainable, STEP_CONVERSATIONS, seed)
         some = {key: rendered[key] for key in keys}
-        store.add(variant, some, partial(Backbone, checkpoint, add_noise=quantization_step_noise, seed=seed))
+        store.add(variant, some, partial(Backbone, checkpoint, add_noise=step_noise, seed=seed))
         steps.append(store.rows(variant, keys) - store.rows(BASE_VARIANT, keys))
     return [
         (BF16_WEIGHT, store.rows("plain-bf16", rounded) - store.rows(BASE_VARIANT, rounded)),

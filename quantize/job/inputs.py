@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from calibration.sampling import Sample, sample
+from calibration.sampling import ConversationRenderer, Sample, sample
 from calibration.sources import LoadedRows, load_rows
-from quantize.job.options import QuantizeOptions
-from quantize.job.plan import QuantizationPlan, TokenCounts
+from quantize.job.options import TOKENS_PER_INPUT, QuantizeOptions
+from quantize.job.plan import QuantizationPlan, TokenCounts, widest_input
 from quantize.job.recipe import Recipe
 from quantize.job.resources import fit_memory
+from quantize.job.token_estimate import TokenEstimator
+from quantize.job.tokenizer_check import tokenizer_note
 from quantize.solver.settings import usable_group_size
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
 from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
@@ -21,9 +23,6 @@ from runtime.conversations.rendering import Renderer
 from runtime.execution.devices import cuda_device_count
 from runtime.execution.precision_choice import resolve_dtype
 from runtime.modeling.packed_batch import pack_batches
-
-CHARACTERS_PER_TOKEN = 4.0  # estimate for English text and a Qwen tokenizer
-TEMPLATE_TOKENS = 20  # estimate of the chat template's tokens per conversation
 
 
 @dataclass(frozen=True)
@@ -57,35 +56,42 @@ def read_inputs(options: QuantizeOptions) -> JobInputs:
             f"{checkpoint.directory} is already quantized ({checkpoint.quantization.method}); give the 16-bit model."
         )
     model_config = checkpoint.model_config
-    selected = sample(
-        rows,
-        Renderer.from_directory(checkpoint.directory, model_config.max_position_embeddings),
-        rows_wanted=options.rows,
-        parity_pairs=options.parity_pairs,
-        max_tokens=options.max_tokens,
-        seed=options.seed,
-    )
+    renderer = Renderer.from_directory(checkpoint.directory, model_config.max_position_embeddings)
+    selected = _sample(rows, renderer, options, model_config)
     recipe, notes = _make_recipe(options, model_config, checkpoint.fingerprint(), selected.fingerprint())
     plan = _make_plan(model_config, recipe, _count_tokens(selected, recipe.token_budget))
+    if note := tokenizer_note(checkpoint.directory, selected.calibration):
+        notes.append(note)
     return JobInputs(checkpoint, rows, selected, recipe, fit_memory(plan, options.ram_budget), notes)
 
 
 def plan_from_config(options: QuantizeOptions) -> QuantizationPlan:
-    """Make the plan from the model's config alone. Token counts are estimated from the number of characters.
+    """Make the plan from the model's config and the conversations. Token counts are estimated from characters.
 
     Raises:
         CheckpointError, ConversationError, ConfigurationError: as `read_inputs`.
     """
     _, model_config, _ = read_config(options.source)
     recipe, _ = _make_recipe(options, model_config, "", "")
-    rows = load_rows(options.calibration)
-    conversations = [row.messages for row in rows.conversations]
-    conversations += [each for pair in rows.pairs for each in (pair.chosen_conversation, pair.rejected_conversation)]
-    characters = sum(len(turn["content"]) for conversation in conversations for turn in conversation)
-    mean = characters / len(conversations) / CHARACTERS_PER_TOKEN + TEMPLATE_TOKENS
-    parity = int(mean * 2 * options.parity_pairs) if rows.pairs else 0
-    token_counts = TokenCounts(int(mean * options.rows), parity, recipe.token_budget, estimated=True)
+    estimator = TokenEstimator(model_config.max_position_embeddings)
+    selected = _sample(load_rows(options.calibration), estimator, options, model_config)
+    token_counts = replace(_count_tokens(selected, recipe.token_budget), estimated=True)
     return _make_plan(model_config, recipe, token_counts)
+
+
+def _sample(
+    rows: LoadedRows, renderer: ConversationRenderer, options: QuantizeOptions, model_config: ModelConfig
+) -> Sample:
+    return sample(
+        rows,
+        renderer,
+        rows_wanted=options.rows,
+        tokens_wanted=TOKENS_PER_INPUT * widest_input(model_config),
+        parity_pairs=options.parity_pairs_wanted,
+        exact_pairs=options.parity_pairs is not None,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
 
 
 def _count_tokens(selected: Sample, token_budget: int) -> TokenCounts:

@@ -107,6 +107,16 @@ class QuantizationPlan:
         hidden = self.model_config.hidden_size
         return 2 * hidden * (2 * 4 * self.token_counts.tokens + 2 * self.token_counts.parity_tokens)
 
+    @property
+    def hidden_state_writes(self) -> int:
+        """Bytes of hidden states written over the whole job: each block writes one of the two buffers."""
+        return self.hidden_state_bytes // 2 * self.model_config.num_hidden_layers
+
+    @property
+    def tokens_per_input(self) -> float:
+        """Calibration tokens per input of the widest linear; below 1 its Hessian is rank-deficient."""
+        return self.token_counts.calibration_tokens / widest_input(self.model_config)
+
     # ---- memory -----------------------------------------------------------------------------------------
 
     @property
@@ -211,3 +221,8 @@ class QuantizationPlan:
 
     def _packed_size(self, name: str) -> int:
         return self.quantization.linear_bytes(*self.model_config.linear_shape(name))
+
+
+def widest_input(model_config: ModelConfig) -> int:
+    """Largest number of input features of a block linear."""
+    return max(model_config.linear_shape(name)[1] for name in BLOCK_LINEARS)

@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from quantize.job.plan import FP32_STAGES, QuantizationPlan
+from quantize.job.options import TOKENS_PER_INPUT
+from quantize.job.plan import FP32_STAGES, QuantizationPlan, widest_input
 from runtime.common.terminal import format_size
 from runtime.execution.devices import is_device_available, matmul_rate
 
@@ -39,15 +40,20 @@ def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[st
         ("method", f"{quantization.method}, {quantization.bits} bits{group}, {plan.bits_per_weight:.2f} bits a weight"),
         (
             "tokens",
-            f"{about}{token_counts.calibration_tokens:,} for calibration, "
-            f"{about}{token_counts.parity_tokens:,} for the parity report",
+            f"{about}{token_counts.calibration_tokens:,} for calibration"
+            + (f" ({plan.tokens_per_input:.1f} per input of the widest linear)" if plan.calibrated else "")
+            + f", {about}{token_counts.parity_tokens:,} for the parity report",
         ),
         (
             "disk",
             f"reads {format_size(plan.disk_read)} once, writes {format_size(plan.disk_written)} and, until the end, "
             f"{format_size(plan.hidden_state_bytes)} of activations",
         ),
-        ("activations", f"memory-mapped files in {output / 'job' / 'streams'}"),
+        (
+            "activations",
+            f"memory-mapped files in {output / 'job' / 'streams'}; rewritten for every block, "
+            f"{format_size(plan.hidden_state_writes)} in total",
+        ),
         (
             "peak memory",
             f"{format_size(plan.peak_host_bytes)}, with the next block {'' if plan.prefetch else 'not '}read ahead",
@@ -55,7 +61,23 @@ def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[st
     ]
     if plan.peak_gpu_bytes:
         rows.append(("peak on the GPU", f"{format_size(plan.peak_gpu_bytes)} on {plan.device}"))
-    return [*rows, ("time", _time(plan)), ("output", str(output))]
+    rows += [("time", _time(plan)), ("output", str(output))]
+    if warning := token_warning(plan):
+        rows.append(("warning", warning))
+    return rows
+
+
+def token_warning(plan: QuantizationPlan) -> str | None:
+    """A warning if there are fewer calibration tokens than `TOKENS_PER_INPUT` for each input of the widest linear."""
+    if not plan.calibrated or plan.tokens_per_input >= 0.9 * TOKENS_PER_INPUT:
+        return None
+    width = widest_input(plan.model_config)
+    rank = ", and fewer than its inputs, so its Hessian is rank-deficient" if plan.tokens_per_input < 1 else ""
+    return (
+        f"{plan.token_counts.calibration_tokens:,} calibration tokens are {plan.tokens_per_input:.1f} for each of the "
+        f"{width:,} inputs of the widest linear{rank}. Scores move less with {TOKENS_PER_INPUT} or more "
+        f"({TOKENS_PER_INPUT * width:,} tokens): give more data with --calibration, or more --rows."
+    )
 
 
 def _time(plan: QuantizationPlan) -> str:

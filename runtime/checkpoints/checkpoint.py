@@ -20,6 +20,7 @@ from runtime.checkpoints.safetensors_file import SafetensorsFile, TensorInfo, op
 from runtime.checkpoints.source import checkpoint_name, find_directory
 from runtime.checkpoints.tensor_spec import check_layout, is_ignored, read_nf4_quant_state
 from runtime.common.errors import CheckpointError
+from runtime.common.files import sha256_of
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -80,12 +81,14 @@ class Checkpoint:
         return [path for file in TOKENIZER_FILES if (path := self.directory / file).is_file()]
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over config.json, each shard's name, size and header, and the score head's bytes.
+        """Return a SHA-256 over config.json, tokenizer, chat template, the shards' headers, and the score head's bytes.
 
         It is cheap, but does not cover the block weights. The head is included because fine-tuned checkpoints of one
         family have equal headers and different heads.
         """
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for file in self.tokenizer_files():
+            digest.update(f"\n{file.name} {sha256_of(file)}".encode())
         for shard in sorted(self.shards, key=lambda shard: shard.file.name):
             digest.update(f"\n{shard.file.name} {shard.size} {shard.header_sha256}".encode())
         for name in HEAD_TENSORS:

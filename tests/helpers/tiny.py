@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from runtime.checkpoints.model_config import ModelConfig, block_prefix
+from runtime.demo.gguf_backbone import set_qwen2_rules
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -39,13 +40,12 @@ _MERGES += (
 
 
 def tiny_tokenizer() -> Tokenizer:
-    """Byte-level BPE with a few merges; encodes any text."""
+    """Byte-level BPE with a few merges and the rules of Qwen2; encodes any text."""
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [(left, right) for left, right in (merge.split(" ") for merge in _MERGES)]
     vocabulary = {piece: index for index, piece in enumerate(pieces + [left + right for left, right in merges])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    set_qwen2_rules(tokenizer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
 
@@ -54,7 +54,7 @@ def write_tokenizer(directory: Path) -> None:
     """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
     tiny_tokenizer().save(str(directory / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
         "chat_template": CHAT_TEMPLATE,

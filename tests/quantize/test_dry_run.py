@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -44,10 +45,30 @@ def test_dry_run_of_a_directory_with_weights_reads_its_config_alone(place, tmp_p
 
 
 def test_dry_run_counts_single_conversations(place, tmp_path, capfd):
-    rows = [{"messages": [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y" * 400}]}]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert quantize(place / "model", tmp_path / "chats.jsonl", tmp_path / "out", "--dry-run", "--rows", "10") == 0
-    assert "about 2,200 for calibration, about 0 for the parity report" in capfd.readouterr().err
+    row = {"messages": [{"role": "user", "content": "x" * 400}, {"role": "assistant", "content": "y" * 380}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(row) + "\n")
+    assert quantize(place / "model", tmp_path / "chats.jsonl", tmp_path / "out", "--dry-run", "--rows", "1") == 0
+    assert "about 215 for calibration (0.8 per input of the widest linear), about 0 for" in capfd.readouterr().err
+
+
+def test_dry_run_promises_no_more_than_the_data_has(tmp_path, capfd):
+    command = ["--model", str(SHAPES_72B), "--dry-run", "--device", "cpu", "--output", str(tmp_path / "out")]
+    assert main([*command, "--rows", "2000"]) == 2
+    assert "332 of the 2000 requested calibration rows are available in 166 pairs" in capfd.readouterr().err
+    assert main(command) == 0
+    said = capfd.readouterr().err
+    assert "calibration tokens are 0.8 for each of the 29,568 inputs of the widest linear, and fewer than" in said
+    assert "rewritten for every block, 264.6 GiB in total" in said
+
+
+def test_the_default_is_a_number_of_tokens_for_each_input(place, tmp_path, capfd):
+    write_pairs(tmp_path / "many.jsonl", 100, words=300)
+    command = ["--model", str(place / "model"), "--calibration", str(tmp_path / "many.jsonl"), "--dry-run"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    said = capfd.readouterr().err
+    assert "warning" not in said
+    (per_input,) = re.findall(r"\(([0-9.]+) per input", said)
+    assert 7.2 < float(per_input) < 10
 
 
 @pytest.mark.parametrize(

@@ -244,13 +244,13 @@ def test_a_plan_from_a_config_alone_estimates_its_tokens(tmp_path):
         ["--model", str(path), "--calibration", str(pairs), "--rows", "10", "--parity-pairs", "20", "--device", "cpu"]
     )
     plan = plan_from_config(given)
-    assert plan.token_counts.estimated and plan.token_counts.parity_tokens == pytest.approx(
-        4 * plan.token_counts.calibration_tokens, rel=0.01
-    )
+    counts = plan.token_counts
+    assert counts.estimated and counts.parity_tokens == pytest.approx(4 * counts.calibration_tokens, rel=0.2)
     rows = dict(plan_rows(plan, "WorldPM-72B", Path("out")))
     assert rows["tokens"].startswith("about ") and rows["disk"].startswith("reads 133.2 GiB once, writes 36.4 GiB")
     assert "80 blocks, hidden 8192" in rows["model"] and "4.16 bits a weight" in rows["method"]
-    assert rows["activations"] == "memory-mapped files in out/job/streams" and "TFLOP/s" in rows["time"]
+    assert rows["activations"].startswith("memory-mapped files in out/job/streams; rewritten for every block, ")
+    assert "TFLOP/s" in rows["time"] and "rank-deficient" in rows["warning"]
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(42, "about 42 s"), (1200, "about 20 min"), (36_000, "about 10.0 h")])
