@@ -169,13 +169,13 @@ def measure(output: Path, result: dict, log: str) -> dict:
     }
 
 
-def project(tokens: int = 262_144, blocks: int = 80) -> dict:
-    """Project the time on an H100 from the plan's operation counts."""
+def project(tokens: int = 8 * 29568, parity_tokens: int = 375_000, blocks: int = 80) -> dict:
+    """Project the time on an H100 from the plan's operation counts: eight tokens an input, 500 pairs of 750 tokens."""
     model_config = ModelConfig(8192, 29568, blocks, 64, 8, 128, 152064, 32768, 1e-6, 1e6, torch.bfloat16)
     plan = QuantizationPlan(
         model_config,
         QuantizationConfig("gptq", 4, 128),
-        TokenCounts(tokens, 0, 16384),
+        TokenCounts(tokens, parity_tokens, 16384),
         calibrated=True,
         correction=True,
         descent_passes=GPTQSettings().descent_passes,
@@ -186,9 +186,9 @@ def project(tokens: int = 262_144, blocks: int = 80) -> dict:
     stages = {name: work / H100[name] for name, work in plan.flops().items()}
     stages["Hessians"] *= 9 / 16
     stages["columns"] = COLUMN_STEP * (1 + plan.descent_passes) * (6 * 8192 + 29568)
-    stages["transfers"] = (plan.block_bytes + 12 * 4 * tokens * 8192) / PCIE
+    stages["transfers"] = (plan.block_bytes + (12 * tokens + 5 * parity_tokens) * 4 * 8192) / PCIE
     return {
-        "assumptions": {"rates": H100, "column_step_s": COLUMN_STEP, "pcie_bytes_s": PCIE, "tokens": tokens},
+        "assumptions": {"rates": H100, "column_step_s": COLUMN_STEP, "pcie_bytes_s": PCIE} | {"tokens": [tokens, parity_tokens]},
         "block_seconds": {name: round(seconds, 2) for name, seconds in stages.items()},
         "all_minutes": round(sum(stages.values()) * blocks / 60, 1),
     }

@@ -24,6 +24,8 @@ def print_plan(plan: QuantizationPlan, model: str, output: Path, console: Consol
     for name, value in plan_rows(plan, model, output):
         table.add_row(name, value)
     console.print(table)
+    if warning := token_warning(plan):
+        console.print(f"warning: {warning}", style="bold yellow")
 
 
 def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[str, str]]:
@@ -42,7 +44,7 @@ def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[st
             "tokens",
             f"{about}{token_counts.calibration_tokens:,} for calibration"
             + (f" ({plan.tokens_per_input:.1f} per input of the widest linear)" if plan.calibrated else "")
-            + f", {about}{token_counts.parity_tokens:,} for the parity report",
+            + f", {about}{token_counts.parity_tokens:,} for parity",
         ),
         (
             "disk",
@@ -51,7 +53,7 @@ def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[st
         ),
         (
             "activations",
-            f"memory-mapped files in {output / 'job' / 'streams'}; rewritten for every block, "
+            f"memory-mapped in {output / 'job' / 'streams'}; rewritten for every block, "
             f"{format_size(plan.hidden_state_writes)} in total",
         ),
         (
@@ -61,10 +63,7 @@ def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[st
     ]
     if plan.peak_gpu_bytes:
         rows.append(("peak on the GPU", f"{format_size(plan.peak_gpu_bytes)} on {plan.device}"))
-    rows += [("time", _time(plan)), ("output", str(output))]
-    if warning := token_warning(plan):
-        rows.append(("warning", warning))
-    return rows
+    return [*rows, ("time", _time(plan)), ("output", str(output))]
 
 
 def token_warning(plan: QuantizationPlan) -> str | None:
@@ -72,10 +71,10 @@ def token_warning(plan: QuantizationPlan) -> str | None:
     if not plan.calibrated or plan.tokens_per_input >= 0.9 * TOKENS_PER_INPUT:
         return None
     width = widest_input(plan.model_config)
-    rank = ", and fewer than its inputs, so its Hessian is rank-deficient" if plan.tokens_per_input < 1 else ""
+    rank = ", so its Hessian is rank-deficient" if plan.tokens_per_input < 1 else ""
     return (
         f"{plan.token_counts.calibration_tokens:,} calibration tokens are {plan.tokens_per_input:.1f} for each of the "
-        f"{width:,} inputs of the widest linear{rank}. Scores move less with {TOKENS_PER_INPUT} or more "
+        f"{width:,} inputs of the widest linear{rank}. Scores move less with {TOKENS_PER_INPUT} "
         f"({TOKENS_PER_INPUT * width:,} tokens): give more data with --calibration, or more --rows."
     )
 

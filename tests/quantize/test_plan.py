@@ -15,7 +15,7 @@ import torch
 from quantize.arguments import parse
 from quantize.job.inputs import plan_from_config, read_inputs
 from quantize.job.plan import QuantizationPlan, TokenCounts
-from quantize.job.plan_table import plan_rows
+from quantize.job.plan_table import plan_rows, token_warning
 from quantize.job.resources import check_disk, fit_memory
 from runtime.checkpoints.checkpoint import open_checkpoint
 from runtime.checkpoints.model_config import ModelConfig
@@ -249,8 +249,10 @@ def test_a_plan_from_a_config_alone_estimates_its_tokens(tmp_path):
     rows = dict(plan_rows(plan, "WorldPM-72B", Path("out")))
     assert rows["tokens"].startswith("about ") and rows["disk"].startswith("reads 133.2 GiB once, writes 36.4 GiB")
     assert "80 blocks, hidden 8192" in rows["model"] and "4.16 bits a weight" in rows["method"]
-    assert rows["activations"].startswith("memory-mapped files in out/job/streams; rewritten for every block, ")
-    assert "TFLOP/s" in rows["time"] and "rank-deficient" in rows["warning"]
+    assert rows["activations"].startswith("memory-mapped in out/job/streams; rewritten for every block, ")
+    assert "TFLOP/s" in rows["time"] and "so its Hessian is rank-deficient" in str(token_warning(plan))
+    enough = replace(plan, token_counts=replace(counts, calibration_tokens=8 * 29568))
+    assert token_warning(enough) is None and token_warning(replace(plan, calibrated=False)) is None
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(42, "about 42 s"), (1200, "about 20 min"), (36_000, "about 10.0 h")])
