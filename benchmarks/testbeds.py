@@ -65,21 +65,30 @@ class Qwen2(GGUFBackbone):
 def main() -> int:
     """Build the test bed and print its fingerprint."""
     arguments = parse()
-    testbed, output = TESTBEDS[arguments.name], arguments.output
-    if output.exists():
-        raise SystemExit(f"{output} exists already; remove it, or choose another directory.")
+    if arguments.output.exists():
+        raise SystemExit(f"{arguments.output} exists already; remove it, or choose another directory.")
+    build(arguments.name, arguments.output, arguments.gguf, with_head=not arguments.no_head)
+    print(f"{arguments.output}: fingerprint {open_checkpoint(arguments.output).fingerprint()}")
+    return 0
+
+
+def build(name: str, output: Path, gguf: Path | None = None, *, with_head: bool = True) -> None:
+    """Write the checkpoint directory `output`, which is whole or absent.
+
+    Args:
+        gguf: the joined GGUF file; None to fetch it.
+        with_head: with the committed head; otherwise the head is zero.
+    """
+    testbed = TESTBEDS[name]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-        file = arguments.gguf or fetch(testbed, Path(scratch))
+        file = gguf or fetch(testbed, Path(scratch))
         if (found := sha256_of(file)) != testbed.sha256:
             raise SystemExit(f"{file} has sha256 {found}, but the test bed's is {testbed.sha256}; fetch it again.")
         backbone, directory = Qwen2(file), Path(scratch) / "checkpoint"
         directory.mkdir()
-        head = empty_head(backbone) if arguments.no_head else load_file(HEADS / f"{arguments.name}.safetensors")
-        backbone.write(directory, head)
+        backbone.write(directory, load_file(HEADS / f"{name}.safetensors") if with_head else empty_head(backbone))
         directory.rename(output)
-    print(f"{output}: fingerprint {open_checkpoint(output).fingerprint()}")
-    return 0
 
 
 def parse() -> argparse.Namespace:

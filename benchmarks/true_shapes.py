@@ -188,7 +188,8 @@ def project(tokens: int = 8 * 29568, parity_tokens: int = 375_000, blocks: int =
     stages["columns"] = COLUMN_STEP * (1 + plan.descent_passes) * (6 * 8192 + 29568)
     stages["transfers"] = (plan.block_bytes + (12 * tokens + 5 * parity_tokens) * 4 * 8192) / PCIE
     return {
-        "assumptions": {"rates": H100, "column_step_s": COLUMN_STEP, "pcie_bytes_s": PCIE} | {"tokens": [tokens, parity_tokens]},
+        "assumptions": {"rates": H100, "column_step_s": COLUMN_STEP, "pcie_bytes_s": PCIE}
+        | {"tokens": tokens, "parity_tokens": parity_tokens},
         "block_seconds": {name: round(seconds, 2) for name, seconds in stages.items()},
         "all_minutes": round(sum(stages.values()) * blocks / 60, 1),
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from calibration.sampling import CalibrationRow
 from runtime.conversations.conversation import ChatMessage
@@ -41,7 +42,7 @@ def _text(messages: Sequence[ChatMessage]) -> str:
     return "\n".join(message["content"] for message in messages)
 
 
-def _token_ids(tokenizer, messages: Sequence[ChatMessage]) -> list[int]:
+def _token_ids(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[int]:
     """Token ids by `apply_chat_template`, with the empty system turn that we always add."""
     empty = [] if messages[0]["role"] == "system" else [{"role": "system", "content": ""}]
     return tokenizer.apply_chat_template([*empty, *messages], tokenize=True, return_dict=False)
