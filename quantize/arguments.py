@@ -129,9 +129,9 @@ def _add_solver(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--damp-percent",
         type=float,
-        default=0.01,
+        default=0.05,
         metavar="P",
-        help="fraction of the Hessian's mean diagonal that is added to the diagonal (default %(default)s)",
+        help="fraction of each diagonal entry of the Hessian that is added to it (default %(default)s)",
     )
     group.add_argument(
         "--scored-share",

@@ -2,8 +2,8 @@
 
 Quantization shifts and scales scores, and adds a constant bias to the final hidden state. The score head is not
 quantized, so these errors can be corrected in its weights, at no cost when scoring and in every engine. Candidate heads
-are fitted on the calibration rows against the reference scores and compared by cross-validation. A more complex
-candidate is preferred only if it improves by more than one standard error; the head stays unchanged if none does.
+are fitted on the calibration rows against the reference scores and compared by cross-validation. The simplest candidate
+within one standard error of the best is kept (Breiman et al. 1984); the first candidate leaves the head unchanged.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class HeadRecalibration:
     """The selected candidate.
 
     Attributes:
-        kind: `none`, `affine`, `shift` or `refit-K`.
+        kind: `none`, `affine`, `shift` or `ridge-PENALTY`.
         errors: root mean square error of each candidate on held-out folds, in standard deviations of the reference
             scores.
         rows: number of rows it was fitted on.
@@ -91,17 +91,14 @@ def recalibrate_head(head: ScoreHead, data: RecalibrationData) -> HeadRecalibrat
 
 
 def _select_candidate(squared: dict[str, torch.Tensor]) -> str:
-    """Return the last candidate that beats the one selected before it by more than a standard error of the mean.
+    """Return the first candidate whose mean error exceeds the least one by at most a standard error of the difference.
 
     Args:
         squared: [n] squared errors of each candidate, from the simplest candidate to the most complex.
     """
-    chosen = "none"
-    for name, error in squared.items():
-        gain = squared[chosen] - error
-        if gain.mean() > gain.std() / len(gain) ** 0.5:
-            chosen = name
-    return chosen
+    best = min(squared.values(), key=lambda error: float(error.mean()))
+    excesses = {name: error - best for name, error in squared.items()}
+    return next(name for name, each in excesses.items() if each.mean() <= each.std() / len(each) ** 0.5)
 
 
 def _none(head: ScoreHead, data: RecalibrationData) -> ScoreHead:
@@ -129,21 +126,25 @@ def _shift(head: ScoreHead, data: RecalibrationData) -> ScoreHead:
     return _affine(shifted, data)
 
 
-def _refit(components: int) -> Callable[[ScoreHead, RecalibrationData], ScoreHead]:
-    """Ridge regression of the affine correction's residual on the leading principal components of the inner layer."""
+def _ridge(penalty: float) -> Callable[[ScoreHead, RecalibrationData], ScoreHead]:
+    """Fit a change of `score.0` to the residual of the affine correction, by ridge regression.
+
+    To first order, a change D of `score.0.weight` changes the score of centred features x by a . D x, where a are the
+    weights in `score.2` of the units that are not cut at zero. So the ridge solution is D = sum_i c_i a_i x_i^T with
+    (K + ridge I) c = residual and K_ij = (a_i . a_j) (x_i . x_j): as many unknowns as rows, for any width.
+    """
 
     def fit(head: ScoreHead, data: RecalibrationData) -> ScoreHead:
         head = _affine(head, data)
-        features = data.quantized_features
-        inner = torch.relu(features @ head.score_0_weight.float().T + head.score_0_bias.float())
-        mean = inner.mean(0)
-        left, sizes, right = torch.linalg.svd(inner - mean, full_matrices=False)
-        kept = slice(min(components, int((sizes > 1e-5 * sizes[0]).sum())))
-        left, sizes, right = left[:, kept], sizes[kept], right[kept]
-        residual = data.reference_scores - head.score(features)
-        # The energy of the last kept component as the ridge penalty keeps weak directions from fitting noise.
-        step = right.T @ (left.T @ residual * sizes / (sizes.square() + sizes[-1:].square()))
-        return replace(head, score_2_weight=head.score_2_weight + step, score_2_bias=head.score_2_bias - mean @ step)
+        weight, bias = head.score_0_weight.float(), head.score_0_bias.float()
+        mean = data.quantized_features.mean(0)
+        features = data.quantized_features - mean
+        active = (data.quantized_features @ weight.T + bias > 0) * head.score_2_weight
+        kernel = (active @ active.T) * (features @ features.T)
+        kernel.diagonal().add_(penalty * kernel.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        residual = data.reference_scores - head.score(data.quantized_features)
+        change = (active * torch.linalg.solve(kernel, residual)[:, None]).T @ features
+        return replace(head, score_0_weight=weight + change, score_0_bias=bias - change @ mean)
 
     return fit
 
@@ -152,9 +153,12 @@ CANDIDATES: dict[str, Callable[[ScoreHead, RecalibrationData], ScoreHead]] = {
     "none": _none,
     "affine": _affine,
     "shift": _shift,
-    "refit-4": _refit(4),
-    "refit-16": _refit(16),
+    "ridge-1": _ridge(1.0),
+    "ridge-0.3": _ridge(0.3),
+    "ridge-0.1": _ridge(0.1),
+    "ridge-0.03": _ridge(0.03),
 }
+"""From the simplest to the most flexible."""
 
 
 def head_tensors(head: ScoreHead) -> dict[str, torch.Tensor]:

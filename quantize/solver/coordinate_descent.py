@@ -52,7 +52,7 @@ def coordinate_descent(
                 codes[rows] = column_block.codes.to(torch.uint8)
                 error[rows] -= column_block.weight_change
                 residual.addmm_(hessian_rows.T, column_block.weight_change, alpha=-1)
-    by_weight = residual.sub_(error, alpha=factor.damp).mul_(error)
+    by_weight = residual.addcmul_(error, factor.damp[:, None], value=-1).mul_(error)
     loss = max(float(by_weight.sum(dim=1).sum(dtype=torch.float64)), 0.0)
     return replace(
         solved,

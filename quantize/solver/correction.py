@@ -3,7 +3,7 @@
 GPTQ chooses Q so that Q x is close to W x, where x comes from the quantized layers before it. The better target is
 W x~, where x~ is the input in the unquantized model. The least-squares estimate of W x~ from x is
 
-    W* x,   W* = W + W E[(x~ - x) x^T] (H + damp I)^-1
+    W* x,   W* = W + W E[(x~ - x) x^T] (H + diag(damp))^-1
 
 and Q is then solved for W* under the same H. This is the target of GPTAQ (Li et al. 2025, arXiv 2504.02692). GPTAQ
 applies it inside its solver; here it is applied before the solve, so that scales are searched for W*.

@@ -12,19 +12,23 @@ from quantize.solver.settings import GPTQSettings
 from runtime.common.errors import UnresumableJobError
 
 MIN_RETRY_DAMP_PERCENT = 1e-4  # the first retry after a damp_percent of 0
-MAX_RETRY_DAMP_PERCENT = 10.0  # ten times the mean eigenvalue; a Hessian that still fails is not usable
+MAX_RETRY_DAMP_PERCENT = 10.0  # ten times the diagonal; a Hessian that still fails is not usable
 
 
 @dataclass(frozen=True)
 class CholeskyFactor:
-    """P (H + damp I) P^T = U^T diag(pivots) U; P puts the columns in reverse order of quantization.
+    """P (H + diag(damp)) P^T = U^T diag(pivots) U; P puts the columns in reverse order of quantization.
+
+    The damping of a column is a fraction of its own diagonal entry (Marquardt 1963). A fraction of the mean diagonal, as
+    in GPTQ, is useless where tokens with massive activations (Sun et al. 2024, arXiv 2402.17762) dominate the mean: it
+    is then a hundred times the entry of an ordinary column, whose statistics no longer count.
 
     Attributes:
         columns: int64 [K], the input feature at each position; quantization runs from the last position to the first.
         upper: fp32 [K, K]; U above the diagonal (U's diagonal is 1, not stored), H in the order of `columns` below it.
-        diagonal: fp32 [K], the diagonal of H + damp I in the order of `columns`.
+        diagonal: fp32 [K], the diagonal of H + diag(damp) in the order of `columns`.
         pivots: fp32 [K], the variance at each position that the positions before it do not explain.
-        damp: value added to the diagonal of H.
+        damp: fp32 [K], values added to the diagonal of H, in the order of `columns`.
         dead: int64 [D], input features that are 0 on all calibration tokens.
         notes: fallbacks, for the report.
     """
@@ -33,7 +37,7 @@ class CholeskyFactor:
     upper: Tensor
     diagonal: Tensor
     pivots: Tensor
-    damp: float
+    damp: Tensor
     dead: Tensor
     notes: tuple[str, ...] = ()
 
@@ -46,14 +50,14 @@ class CholeskyFactor:
         return torch.empty_like(self.pivots).index_copy_(0, self.columns, self.pivots)
 
     def solve_in_place(self, right: Tensor) -> None:
-        """Replace `right`, fp32 [K, N] with rows in input feature order, by (H + damp I)^-1 right."""
+        """Replace `right`, fp32 [K, N] with rows in input feature order, by (H + diag(damp))^-1 right."""
         for part in right.split(1024, dim=1):  # limits temporary memory
             solved = torch.linalg.solve_triangular(self.upper.T, part[self.columns], upper=False, unitriangular=True)
             solved /= self.pivots[:, None]
             part[self.columns] = torch.linalg.solve_triangular(self.upper, solved, upper=True, unitriangular=True)
 
     def into_hessian(self) -> Tensor:
-        """Return H + damp I, fp32 [K, K] in the order of `columns`. It overwrites `upper`, so the factor is lost."""
+        """Return H + diag(damp), fp32 [K, K] in the order of `columns`. It overwrites `upper`, so the factor is lost."""
         self.upper.diagonal().copy_(self.diagonal)
         copy_upper_to_lower(self.upper.T)
         return self.upper
@@ -67,7 +71,7 @@ class CholeskyFactor:
             square = self.upper[start:stop, start:stop].triu(1)
             outputs = torch.addmm(here, square, here).addmm_(self.upper[start:stop, stop:], columns[stop:])
             total += weighted_square(outputs, self.pivots[start:stop])
-            total -= self.damp * weighted_square(here)
+            total -= weighted_square(here, self.damp[start:stop])
         return max(total.item(), 0.0)
 
 
@@ -91,7 +95,6 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
     """
     diagonal = hessian.diagonal().clone()
     dead = (diagonal == 0).nonzero().flatten()
-    mean = diagonal.mean().item() or 1.0
     quantization_order = _order(diagonal) if settings.activation_order else torch.arange(len(diagonal))
     columns = quantization_order.to(hessian.device).flip(0)
     notes: list[str] = []
@@ -99,9 +102,8 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
     upper = torch.empty_like(hessian)
     while True:
         _gather(hessian, columns, upper)
-        damped = diagonal + damp_percent * mean
-        damped[dead] = 1.0
-        damped = damped[columns]
+        damp = (damp_percent * diagonal).index_fill_(0, dead, 1.0)[columns]
+        damped = diagonal[columns] + damp
         upper.diagonal().copy_(damped)
         if _cholesky_in_place(upper):
             break
@@ -114,7 +116,7 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
         notes = [f"{name}: damp_percent raised from {settings.damp_percent:g} to {damp_percent:g}"]
     roots = upper.diagonal().clone()
     _divide_above_diagonal(upper, roots)
-    return CholeskyFactor(columns, upper, damped, roots.square(), damp_percent * mean, dead, tuple(notes))
+    return CholeskyFactor(columns, upper, damped, roots.square(), damp, dead, tuple(notes))
 
 
 def _order(diagonal: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def solve(weight: Tensor, factor: CholeskyFactor, settings: GPTQSettings, name: 
         solved = _solve_block(square, target, block, zero, scale, grid.max_code)
         codes[columns[start:stop]] = solved.to(torch.uint8)
         target.addcmul_(zero, scale).addcmul_(solved, scale, value=-1)  # target - q
-        loss += weighted_square(target, factor.pivots[start:stop]) - factor.damp * weighted_square(block)
+        loss += weighted_square(target, factor.pivots[start:stop]) - weighted_square(block, factor.damp[start:stop])
     undamped = max(loss.item(), 0.0)
     return SolvedLinear(
         codes=codes,
@@ -63,7 +63,7 @@ def solve(weight: Tensor, factor: CholeskyFactor, settings: GPTQSettings, name: 
         g_idx=grid.g_idx,
         loss=undamped,
         output_power=output_power,
-        damp=factor.damp,
+        damp=float(factor.damp.mean()),
         dead_columns=len(factor.dead),
         notes=factor.notes,
     )

@@ -18,7 +18,7 @@ class GPTQSettings:
     Attributes:
         group_size: input columns per scale, -1 for all.
         desc_act: form the groups in activation order, so that `g_idx` is permuted.
-        damp_percent: fraction of the Hessian's mean diagonal that is added to the diagonal.
+        damp_percent: fraction of each diagonal entry of the Hessian that is added to it.
         static_groups: choose all scales before the solve, from the original weights. Otherwise choose a group's scales
             from its updated weights when the solver reaches it, which requires contiguous groups.
         activation_order: quantize the columns with the largest mean square input first. Without `desc_act` the groups
@@ -35,7 +35,7 @@ class GPTQSettings:
     group_size: int = 128
     sym: bool = True
     desc_act: bool = False
-    damp_percent: float = 0.01
+    damp_percent: float = 0.05
     static_groups: bool = True
     activation_order: bool = True
     importance_scales: bool = True

@@ -20,7 +20,7 @@ class SolvedLinear:
         g_idx: int32 [K].
         loss: mean squared output error over the calibration tokens, tr(D H D^T) without damping.
         output_power: mean squared output, tr(W H W^T).
-        damp: value added to the Hessian's diagonal.
+        damp: mean of the values added to the Hessian's diagonal.
         dead_columns: number of input features that were 0 on all calibration tokens; their weights became 0.
         notes: fallbacks, for the report.
     """

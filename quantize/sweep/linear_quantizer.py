@@ -37,7 +37,7 @@ class LinearMetrics:
         loss: mean squared error of the output over calibration tokens; without calibration, of the weights.
         relative_loss: `loss` divided by the mean squared output (or weight).
         sqnr_db: signal-to-quantization-noise ratio in decibels; None if the loss is 0.
-        damp: value added to the Hessian's diagonal; 0 without calibration.
+        damp: mean of the values added to the Hessian's diagonal; 0 without calibration.
         dead_columns: input features that were 0 on all calibration tokens.
     """
 

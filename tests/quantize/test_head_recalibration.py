@@ -99,7 +99,7 @@ def test_a_fault_in_few_inner_directions_is_refitted():
     strongest = torch.linalg.svd(features, full_matrices=False).Vh[0]
     squeeze = torch.eye(HIDDEN) - 0.6 * torch.outer(strongest, strongest)
     kept = recalibrate_head(head, evidence_of(head, features, features @ squeeze))
-    assert kept.kind.startswith("refit")
+    assert kept.kind.startswith("ridge")
     affine = repair._affine(head, evidence_of(head, features, features @ squeeze))
     by_line, by_refit = (held_out_shift(fitted, head, others, others @ squeeze) for fitted in (affine, kept.head))
     assert by_refit < 0.85 * by_line

@@ -37,14 +37,14 @@ def corrected(data: dict[str, torch.Tensor], linears: list[DenseLinear]) -> list
 
 
 def by_least_squares(data: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    """The W* of least weighted squared error |W* x - W x~|^2 + damp |W* - W|^2."""
+    """The W* of least weighted squared error |W* x - W x~|^2 + damp . (W* - W)^2."""
     x, wanted, weights = (data[name].double() for name in ("x", "wanted", "weights"))
     weight = weight.double()
     target = wanted @ weight.T
     moment = x.T @ (weights[:, None] * x) / weights.sum()
-    damp = SETTINGS.damp_percent * moment.diagonal().mean()
-    right = x.T @ (weights[:, None] * target) / weights.sum() + damp * weight.T
-    return torch.linalg.solve(moment + damp * torch.eye(INPUTS, dtype=torch.float64), right).T
+    damp = SETTINGS.damp_percent * moment.diagonal()
+    right = x.T @ (weights[:, None] * target) / weights.sum() + damp[:, None] * weight.T
+    return torch.linalg.solve(moment + damp.diag(), right).T
 
 
 @pytest.mark.parametrize("count", [1, 3])

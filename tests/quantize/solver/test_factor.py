@@ -24,7 +24,7 @@ def test_factor_times_itself_is_the_damped_hessian(hessian: Tensor, activation_o
     factor = factorise(hessian, GPTQSettings(activation_order=activation_order))
     assert torch.equal(hessian, before)
     upper = factor.upper.double().triu(1) + torch.eye(SIZE)
-    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(SIZE)
+    damped = hessian.double() + 0.05 * hessian.diagonal().double().diag()
     product = upper.T @ (factor.pivots.double()[:, None] * upper)
     torch.testing.assert_close(product, damped[factor.columns][:, factor.columns], rtol=1e-4, atol=1e-4)
 
@@ -33,7 +33,7 @@ def test_factor_times_itself_is_the_damped_hessian(hessian: Tensor, activation_o
 def test_factor_gives_the_hessian_back_bit_for_bit(hessian: Tensor, activation_order: bool) -> None:
     factor = factorise(hessian, GPTQSettings(activation_order=activation_order))
     damped = hessian.clone()
-    damped.diagonal().add_(0.01 * hessian.diagonal().mean())
+    damped.diagonal().add_(0.05 * hessian.diagonal())
     assert torch.equal(factor.into_hessian(), damped[factor.columns][:, factor.columns])
 
 
@@ -53,10 +53,19 @@ def test_energy_is_the_mean_squared_output(hessian: Tensor) -> None:
 
 def test_importance_is_what_the_remaining_columns_cannot_explain(hessian: Tensor) -> None:
     factor = factorise(hessian, GPTQSettings())
-    damped = hessian.double() + factor.damp * torch.eye(SIZE)
+    damped = hessian.double() + 0.05 * hessian.diagonal().double().diag()
     first, last = factor.columns[-1], factor.columns[0]
     assert factor.importance[last] == pytest.approx(damped[last, last].item(), rel=1e-5)
     assert factor.importance[first] == pytest.approx(1 / torch.linalg.inv(damped)[first, first].item(), rel=1e-4)
+
+
+def test_damping_follows_the_scale_of_each_input(hessian: Tensor) -> None:
+    """An input with massive activations does not drown the statistics of the others."""
+    scale = torch.ones(SIZE)
+    scale[7] = 2.0**10
+    in_order = GPTQSettings(activation_order=False)
+    factor, scaled = (factorise(each, in_order) for each in (hessian, hessian * scale * scale[:, None]))
+    torch.testing.assert_close(scaled.importance, factor.importance * scale.square(), rtol=1e-3, atol=0)
 
 
 def test_dead_inputs_need_no_damping(hessian: Tensor) -> None:

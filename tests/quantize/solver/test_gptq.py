@@ -38,8 +38,7 @@ def replay(weight: Tensor, hessian: Tensor, solved: SolvedLinear, settings: GPTQ
         (the furthest any code is from what this column's updated weight asks for, in steps; groups entered)
     """
     dead = hessian.diagonal() == 0
-    damp = settings.damp_percent * hessian.diagonal().double().mean()
-    damped = hessian.double() + damp * torch.eye(len(hessian), dtype=torch.float64)
+    damped = hessian.double() + settings.damp_percent * hessian.diagonal().double().diag()
     damped[dead, dead] = 1
     inverse = torch.linalg.inv(damped)
     updated = weight.double().clone()
@@ -156,7 +155,7 @@ def test_gptq_beats_rounding_and_each_default_helps() -> None:
 
 def test_a_hessian_that_rounding_made_indefinite_is_damped_harder_and_said_so() -> None:
     weight, hessian = layer(seed=4, tokens=5)
-    hessian -= 2e-3 * hessian.diagonal().mean() * torch.eye(COLUMNS)
+    hessian.diagonal().mul_(1 - 2e-3)
     settings = GPTQSettings(group_size=25, damp_percent=0.001)
     solved = solve(weight, factorise(hessian, settings, "model.layers.0.mlp.down_proj"), settings)
     assert solved.damp == pytest.approx(0.01 * hessian.diagonal().mean().item(), rel=1e-5)
