@@ -78,10 +78,9 @@ VARIANTS = {
     "gptq-4, asymmetric": ["--asymmetric"],
     "gptq-4, all tokens alike": ["--scored-share", "0"],
     "gptq-4, scored share 1/2": ["--scored-share", "0.5"],
-    "gptq-4, damp 0.001": ["--damp-percent", "0.001"],
-    "gptq-4, damp 0.05": ["--damp-percent", "0.05"],
-    "gptq-4, 64 rows": ["--rows", "64"],
-    "gptq-4, 192 rows": ["--rows", "192"],
+    "gptq-4, damp 0.01": ["--damp-percent", "0.01"],
+    "gptq-4, damp 0.2": ["--damp-percent", "0.2"],
+    "gptq-4, head unchanged": ["--no-recalibration"],
 }
 
 

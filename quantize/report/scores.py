@@ -48,7 +48,7 @@ def compute_final_scores(states: SweepStates, head: ScoreHead, sample: Sample, r
     if not recipe.repair:
         return FinalScores(reference, quantized, None, floor, None)
     rows = slice(0, states.calibration_rows)
-    data = RecalibrationData(reference_features[rows], quantized_features[rows], reference[rows], prompt_groups(sample))
+    data = RecalibrationData(quantized_features[rows], reference[rows], prompt_groups(sample))
     recalibration = recalibrate_head(head, data)
     recalibrated = recalibration.head.score(quantized_features)
     before = quantized if recalibration.changed else None

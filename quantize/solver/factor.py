@@ -19,9 +19,9 @@ MAX_RETRY_DAMP_PERCENT = 10.0  # ten times the diagonal; a Hessian that still fa
 class CholeskyFactor:
     """P (H + diag(damp)) P^T = U^T diag(pivots) U; P puts the columns in reverse order of quantization.
 
-    The damping of a column is a fraction of its own diagonal entry (Marquardt 1963). A fraction of the mean diagonal, as
-    in GPTQ, is useless where tokens with massive activations (Sun et al. 2024, arXiv 2402.17762) dominate the mean: it
-    is then a hundred times the entry of an ordinary column, whose statistics no longer count.
+    The damping of a column is a fraction of its own diagonal entry (Marquardt 1963). GPTQ takes a fraction of the mean
+    diagonal. Where tokens with massive activations (Sun et al. 2024, arXiv 2402.17762) dominate the mean, that is a
+    hundred times the entry of an ordinary column, whose statistics then no longer count.
 
     Attributes:
         columns: int64 [K], the input feature at each position; quantization runs from the last position to the first.
@@ -57,7 +57,7 @@ class CholeskyFactor:
             part[self.columns] = torch.linalg.solve_triangular(self.upper, solved, upper=True, unitriangular=True)
 
     def into_hessian(self) -> Tensor:
-        """Return H + diag(damp), fp32 [K, K] in the order of `columns`. It overwrites `upper`, so the factor is lost."""
+        """Return H + diag(damp), fp32 [K, K] in the order of `columns`. This overwrites `upper`: the factor is lost."""
         self.upper.diagonal().copy_(self.diagonal)
         copy_upper_to_lower(self.upper.T)
         return self.upper

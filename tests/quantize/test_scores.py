@@ -73,8 +73,7 @@ def test_the_repair_learns_from_calibration_rows_alone_by_prompt(monkeypatch):
     )
     compute_final_scores(states, head, make_sample(), RECIPE)
     (data,) = given
-    assert torch.equal(data.reference_features, states.reference[:ROWS])
-    assert torch.equal(data.quantized_features, states.quantized[:ROWS])
+    assert torch.equal(data.features, states.quantized[:ROWS])
     assert torch.equal(data.reference_scores, head.score(states.reference[:ROWS]))
     assert data.groups == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
