@@ -8,7 +8,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import gguf
 import jinja2
 import numpy as np
 import pytest
@@ -21,9 +20,7 @@ from runtime.common.files import sha256_of
 from runtime.demo import model as demo
 from runtime.demo.gguf_backbone import CHAT_TEMPLATE, SmolLM2, rotate_half_order
 from runtime.demo.model import demo_directory
-from tests.helpers.tiny import SPECIAL_TOKENS, tiny_tokenizer
-
-HIDDEN, INNER, HEADS, KEY_HEADS, VOCABULARY = 64, 96, 4, 2, 320
+from tests.helpers.toy_gguf import HIDDEN, write_toy_gguf
 
 
 @pytest.fixture
@@ -230,61 +227,3 @@ def write_head(path: Path, seed: int) -> None:
     shapes = {"0.weight": (HIDDEN, HIDDEN), "0.bias": (HIDDEN,), "2.weight": (1, HIDDEN), "2.bias": (1,)}
     values = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
     save_file({f"score.{name}": tensor for name, tensor in values.items()}, path)
-
-
-def write_toy_gguf(path: Path) -> None:
-    """A Llama of one random block, in the tensor types of the real file."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(512)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_HEADS)
-    writer.add_rope_freq_base(100000.0)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCABULARY)
-    _add_tokenizer(writer)
-    keys = KEY_HEADS * HIDDEN // HEADS
-    small, large = gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0
-    _add_tensor(writer, "token_embd", (VOCABULARY, HIDDEN), large)
-    _add_tensor(writer, "output_norm", (HIDDEN,))
-    _add_tensor(writer, "blk.0.attn_norm", (HIDDEN,))
-    _add_tensor(writer, "blk.0.ffn_norm", (HIDDEN,))
-    for name in ("attn_q", "attn_output"):
-        _add_tensor(writer, f"blk.0.{name}", (HIDDEN, HIDDEN), small)
-    for name in ("attn_k", "attn_v"):
-        _add_tensor(writer, f"blk.0.{name}", (keys, HIDDEN), small)
-    for name in ("ffn_gate", "ffn_up"):
-        _add_tensor(writer, f"blk.0.{name}", (INNER, HIDDEN), small)
-    _add_tensor(writer, "blk.0.ffn_down", (HIDDEN, INNER), small)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    toy = json.loads(tiny_tokenizer().to_str())["model"]
-    tokens = sorted(toy["vocab"], key=toy["vocab"].get)
-    tokens = [*SPECIAL_TOKENS, *tokens]
-    tokens += [f"[unused{i}]" for i in range(VOCABULARY - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in SPECIAL_TOKENS else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in toy["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-
-
-def _add_tensor(
-    writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType | None = None
-) -> None:
-    values = np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
-    if kind is None:
-        writer.add_tensor(f"{name}.weight", values)
-    else:
-        writer.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
