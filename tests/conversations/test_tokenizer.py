@@ -32,10 +32,9 @@ def differing(directory: Path, conversations: list) -> list[int]:
     """Indices of the conversations that transformers encodes differently."""
     renderer, theirs = Renderer.from_directory(directory, 1 << 20), AutoTokenizer.from_pretrained(directory)
     assert type(theirs).__name__ == "Qwen2Tokenizer"
-    expected = [
-        theirs.apply_chat_template([{"role": "system", "content": ""}, *each], return_dict=False)
-        for each in conversations
-    ]
+    empty = {"role": "system", "content": ""}
+    whole = [each if each[0]["role"] == "system" else [empty, *each] for each in conversations]
+    expected = [theirs.apply_chat_template(each, return_dict=False) for each in whole]
     rendered = [renderer.render(each).token_ids for each in conversations]
     return [i for i, (ours, ids) in enumerate(zip(rendered, expected, strict=True)) if ours != ids]
 
