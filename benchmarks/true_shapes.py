@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from quantize.job.gradient_plan import GradientPlan  # noqa: E402
 from quantize.job.plan import QuantizationPlan, TokenCounts  # noqa: E402
-from quantize.solver.settings import GPTQSettings  # noqa: E402
 from runtime.checkpoints.checkpoint import open_checkpoint  # noqa: E402
-from runtime.checkpoints.model_config import ModelConfig, block_prefix  # noqa: E402
+from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig, block_prefix  # noqa: E402
 from runtime.checkpoints.quantization_config import QuantizationConfig  # noqa: E402
 from runtime.common.terminal import GIB, parse_size  # noqa: E402
 
@@ -38,12 +38,11 @@ H100 = {
     "quantized stream": 520e12,  # the same, with weights dequantized once per batch
     "second gate and up": 520e12,
     "Hessians": 450e12,  # bf16 products with fp32 sums; the symmetric half is computed, 9/16 of the count
-    "correction": 400e12,  # bf16 products, and two triangular solves in fp32
+    "backward sweep": 450e12,  # bf16 products; attention tile by tile
     "factorisation": 25e12,  # fp32, blocked
-    "solve": 25e12,  # fp32 products between blocks of columns
-    "refinement": 40e12,  # fp32 products, of groups with all columns
+    "solve": 20e12,  # fp32 products of thin tiles, limited by memory bandwidth
 }
-COLUMN_STEP = 40e-6  # seconds: a few kernel launches for each column of each linear
+STEP = 40e-6  # seconds: some ten kernel launches for each diagonal of the solve, of which a linear has 2 (in + out)
 PCIE = 25e9  # bytes/s from host memory
 
 
@@ -177,18 +176,21 @@ def project(tokens: int = 8 * 29568, parity_tokens: int = 375_000, blocks: int =
         QuantizationConfig("gptq", 4, 128),
         TokenCounts(tokens, parity_tokens, 16384),
         calibrated=True,
-        correction=True,
-        descent_passes=GPTQSettings().descent_passes,
+        correction=False,
+        descent_passes=0,
         matmul_bytes=2,
         prefetch=True,
         device="cuda:0",
+        gradients=GradientPlan(model_config, tokens, 16384, 2),
     )
+    assert plan.gradients is not None
     stages = {name: work / H100[name] for name, work in plan.flops().items()}
     stages["Hessians"] *= 9 / 16
-    stages["columns"] = COLUMN_STEP * (1 + plan.descent_passes) * (6 * 8192 + 29568)
-    stages["transfers"] = (plan.block_bytes + (12 * tokens + 5 * parity_tokens) * 4 * 8192) / PCIE
+    stages["solve steps"] = STEP * sum(2 * sum(model_config.linear_shape(name)) for name in BLOCK_LINEARS)
+    activations = (12 * tokens + 5 * parity_tokens) * 4 * 8192 + 3 * plan.gradients.writes / blocks
+    stages["transfers"] = (plan.reads * plan.block_bytes + activations) / PCIE
     return {
-        "assumptions": {"rates": H100, "column_step_s": COLUMN_STEP, "pcie_bytes_s": PCIE}
+        "assumptions": {"rates": H100, "step_s": STEP, "pcie_bytes_s": PCIE}
         | {"tokens": tokens, "parity_tokens": parity_tokens},
         "block_seconds": {name: round(seconds, 2) for name, seconds in stages.items()},
         "all_minutes": round(sum(stages.values()) * blocks / 60, 1),

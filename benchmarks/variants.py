@@ -51,20 +51,29 @@ from runtime.modeling.qwen2 import ScoreHead  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 
 FP8 = "gptq-4, fp8 products"
+NO_GRADIENTS = ["--no-score-gradients"]
 VARIANTS = {
     "gptq-8": ["--bits", "8"],
     "gptq-4": ["--bits", "4"],
     FP8: ["--bits", "4"],
     "nf4": ["--method", "nf4"],
+    "nf4, plain": ["--method", "nf4", "--rows", "0"],
     "int8": ["--method", "int8"],
     "rtn-4": ["--method", "rtn"],
     "gptq-4, columns in order": ["--no-activation-order"],
-    "gptq-4, scales when a group is entered": ["--no-activation-order", "--no-static-groups"],
     "gptq-4, min-max scales": ["--no-importance-scales"],
-    "gptq-4, no correction": ["--no-correction"],
-    "gptq-4, not refined": ["--descent-passes", "0"],
-    "gptq-4, refined ten times": ["--descent-passes", "10"],
+    "gptq-4, corrected": ["--correction"],
+    "gptq-4, desc_act": ["--desc-act"],
+    "gptq-4, asymmetric": ["--asymmetric"],
+    "gptq-4, damp 0.01": ["--damp-percent", "0.01"],
+    "gptq-4, damp 0.2": ["--damp-percent", "0.2"],
+    "gptq-4, head unchanged": ["--no-recalibration"],
+    "gptq-4, no gradients": NO_GRADIENTS,
+    "gptq-4, no gradients, no correction": [*NO_GRADIENTS, "--no-correction"],
+    "gptq-4, no gradients, not refined": [*NO_GRADIENTS, "--descent-passes", "0"],
+    "gptq-4, no gradients, all tokens alike": [*NO_GRADIENTS, "--scored-share", "0"],
     "gptq-4, plain": [
+        *NO_GRADIENTS,
         "--no-activation-order",
         "--no-static-groups",
         "--no-importance-scales",
@@ -74,13 +83,6 @@ VARIANTS = {
         "--scored-share",
         "0",
     ],
-    "gptq-4, desc_act": ["--desc-act", "--no-static-groups"],
-    "gptq-4, asymmetric": ["--asymmetric"],
-    "gptq-4, all tokens alike": ["--scored-share", "0"],
-    "gptq-4, scored share 1/2": ["--scored-share", "0.5"],
-    "gptq-4, damp 0.01": ["--damp-percent", "0.01"],
-    "gptq-4, damp 0.2": ["--damp-percent", "0.2"],
-    "gptq-4, head unchanged": ["--no-recalibration"],
 }
 
 

@@ -33,7 +33,7 @@ examples:
   python quantize/run.py --model Qwen/WorldPM-72B --dry-run    disk, memory and time that the 72B will take
   python quantize/run.py --model Qwen/WorldPM-72B --bits 4 --output worldpm-72b-gptq-4bit
   python quantize/run.py --model ./WorldPM-72B --bits 4 --calibration my-pairs.jsonl --rows 256
-  python quantize/run.py --method nf4                          bitsandbytes NF4, needs no calibration
+  python quantize/run.py --method nf4                          bitsandbytes NF4, calibrated; --rows 0: plain
 
 exit status: 0 done; 1 a threshold was missed; 2 an error that the message explains; 130 stopped, resumable
 """
@@ -52,6 +52,8 @@ def parse(argv: list[str] | None = None) -> QuantizeOptions:
             f"--method {arguments.method} has {fixed} bits, but --bits is {arguments.bits}; drop --bits."
         )
     arguments.bits = fixed or arguments.bits or 4
+    if arguments.correction is None:
+        arguments.correction = not arguments.score_gradients
     return QuantizeOptions(**vars(arguments))
 
 
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser("quantize/run.py", DESCRIPTION, EXAMPLES)
     _add_model(parser.add_argument_group("model"))
     _add_conversations(parser.add_argument_group("conversations"))
+    _add_objective(parser.add_argument_group("what the solver minimizes"))
     _add_solver(parser.add_argument_group("GPTQ solver (docs/decisions.md has the ablation behind the defaults)"))
     _add_machine(parser.add_argument_group("machine"))
     _add_report(parser.add_argument_group("report"))
@@ -72,7 +75,8 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--method",
         choices=METHODS,
         default="gptq",
-        help="gptq (default); nf4 or int8: bitsandbytes formats, no calibration; rtn: round to nearest, as a baseline",
+        help="gptq (default); nf4: bitsandbytes' format, calibrated too unless --rows is 0; int8: LLM.int8, "
+        "no calibration; rtn: round to nearest, as a baseline",
     )
     group.add_argument("--output", type=Path, help="output directory (default output/NAME-METHOD-BITS)")
     group.add_argument("--resume", action="store_true", help="continue the job in --output")
@@ -133,21 +137,6 @@ def _add_solver(group: argparse._ArgumentGroup) -> None:
         metavar="P",
         help="fraction of each diagonal entry of the Hessian that is added to it (default %(default)s)",
     )
-    group.add_argument(
-        "--scored-share",
-        type=float,
-        default=1 / 8,
-        metavar="P",
-        help="share of a row's Hessian weight that its scored token gets (default 1/8; 0: equal weights)",
-    )
-    _add_switch(group, "correction", "do not correct target weights for the quantization error of earlier layers")
-    group.add_argument(
-        "--descent-passes",
-        type=int,
-        default=3,
-        metavar="N",
-        help="coordinate descent passes over codes and scales after the solve (default %(default)s; 0: none)",
-    )
     _add_switch(group, "static-groups", "choose a group's scales when the solver reaches it, not before the solve")
     _add_switch(group, "activation-order", "solve columns in stored order")
     _add_switch(group, "importance-scales", "use min-max scales")
@@ -157,6 +146,35 @@ def _add_solver(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--no-repair", action=_RenamedFlag, new_name="--no-recalibration", dest="recalibration", const=False
+    )
+
+
+def _add_objective(group: argparse._ArgumentGroup) -> None:
+    _add_switch(
+        group,
+        "score-gradients",
+        "do not weight tokens and outputs by the gradients of the scores; saves the backward sweep",
+    )
+    group.add_argument(
+        "--scored-share",
+        type=float,
+        default=1 / 8,
+        metavar="P",
+        help="with --no-score-gradients, share of a row's Hessian weight that its scored token gets "
+        "(default 1/8; 0: equal weights)",
+    )
+    group.add_argument(
+        "--correction",
+        action=argparse.BooleanOptionalAction,
+        help="correct target weights for the quantization error of earlier layers (default: only with "
+        "--no-score-gradients)",
+    )
+    group.add_argument(
+        "--descent-passes",
+        type=int,
+        default=3,
+        metavar="N",
+        help="coordinate descent passes over codes and scales after the solve (default %(default)s; 0: none)",
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: replace quantize/ on the path by the root of the tree
@@ -14,10 +16,13 @@ import torch
 from rich.console import Console
 
 from quantize.arguments import parse
+from quantize.gradients.backward_sweep import BackwardSweep, pass_count, statistics_file
+from quantize.gradients.statistics import GradientStatistics
 from quantize.job.inputs import JobInputs, plan_from_config, read_inputs
 from quantize.job.options import QuantizeOptions
 from quantize.job.plan_table import print_plan
-from quantize.job.progress import BlockProgress
+from quantize.job.progress import BlockProgress, GradientProgress
+from quantize.job.recipe import Recipe
 from quantize.job.resources import check_disk, fit_memory
 from quantize.job.state import Job, check_output_directory
 from quantize.report.comparison import build_parity_report, reference_scores
@@ -41,7 +46,8 @@ from runtime.evaluation.report_files import write_report
 from runtime.evaluation.verdict import summary_table, verdict
 from runtime.execution.block_loading import read_head
 from runtime.execution.devices import device_context
-from runtime.modeling.precision import BFLOAT16, FLOAT32
+from runtime.modeling.packed_batch import pack_batches
+from runtime.modeling.precision import BFLOAT16, FLOAT32, Precision
 
 RESUME_HINT = "finished blocks are kept; run the same command with --resume to continue."
 
@@ -107,11 +113,12 @@ def print_dry_run(options: QuantizeOptions, console: Console) -> int:
 
 
 def quantize_and_score(job: Job, inputs: JobInputs, writer: CheckpointWriter, console: Console) -> FinalScores:
-    """Quantize the remaining blocks and compute the final scores."""
+    """Compute the gradients of the scores, quantize the remaining blocks and compute the final scores."""
     checkpoint, recipe, sample = inputs.checkpoint, inputs.recipe, inputs.sample
+    gradients = read_gradients(job, inputs, console) if recipe.score_gradients else None
     states = SweepStates(
         checkpoint.model_config,
-        FLOAT32 if recipe.dtype == "float32" else BFLOAT16,
+        precision_of(recipe),
         [row.rendered for row in sample.calibration],
         [rendered for pair in sample.parity for rendered in (pair.chosen, pair.rejected)],
         token_budget=recipe.token_budget,
@@ -122,8 +129,39 @@ def quantize_and_score(job: Job, inputs: JobInputs, writer: CheckpointWriter, co
     if job.blocks:
         console.print(f"resuming after block {len(job.blocks) - 1}")
     with BlockProgress(checkpoint.model_config.num_hidden_layers, len(job.blocks), console) as progress:
-        quantize_blocks(job, checkpoint, recipe, states, writer, progress, prefetch=inputs.plan.prefetch)
+        quantize_blocks(
+            job, checkpoint, recipe, states, writer, progress, prefetch=inputs.plan.prefetch, gradients=gradients
+        )
     return compute_final_scores(states, read_head(checkpoint), sample, recipe)
+
+
+def read_gradients(job: Job, inputs: JobInputs, console: Console) -> Callable[[int], GradientStatistics]:
+    """Run what is left of the backward sweep; return a function that reads the statistics of a block."""
+    checkpoint, recipe = inputs.checkpoint, inputs.recipe
+    rows = [row.rendered for row in inputs.sample.calibration]
+    batches = pack_batches(rows, recipe.token_budget)
+    starts = list(accumulate((batch.tokens for batch in batches), initial=0))
+    if job.gradient_passes < pass_count(checkpoint.model_config, starts[-1], precision_of(recipe)):
+        sweep = BackwardSweep(
+            checkpoint,
+            read_head(checkpoint, recipe.device),
+            precision_of(recipe),
+            rows,
+            token_budget=recipe.token_budget,
+            device=recipe.device,
+            directory=job.states_directory,
+            finished_passes=job.gradient_passes,
+            prefetch=inputs.plan.prefetch,
+        )
+        with GradientProgress(sweep.steps, sweep.finished_steps, console) as progress:
+            sweep.run(job.finish_gradient_pass, progress.block_done)
+        sweep.remove_buffers()
+    return lambda index: GradientStatistics(statistics_file(job.states_directory, index), starts, recipe.device)
+
+
+def precision_of(recipe: Recipe) -> Precision:
+    """The precision of activations and products."""
+    return FLOAT32 if recipe.dtype == "float32" else BFLOAT16
 
 
 def thresholds(options: QuantizeOptions) -> Thresholds:

@@ -9,6 +9,7 @@ import torch
 
 from calibration.sampling import ConversationRenderer, Sample, sample
 from calibration.sources import LoadedRows, load_rows
+from quantize.job.gradient_plan import GradientPlan
 from quantize.job.options import TOKENS_PER_INPUT, QuantizeOptions
 from quantize.job.plan import QuantizationPlan, TokenCounts, widest_input
 from quantize.job.recipe import Recipe
@@ -18,6 +19,7 @@ from quantize.job.tokenizer_check import tokenizer_note
 from quantize.solver.settings import usable_group_size
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
 from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
+from runtime.checkpoints.quantization_config import NF4_BLOCKSIZE
 from runtime.common.errors import ConfigurationError
 from runtime.conversations.rendering import Renderer
 from runtime.execution.devices import cuda_device_count
@@ -104,6 +106,8 @@ def _count_tokens(selected: Sample, token_budget: int) -> TokenCounts:
 
 
 def _make_plan(model_config: ModelConfig, recipe: Recipe, token_counts: TokenCounts) -> QuantizationPlan:
+    matmul_bytes = 4 if recipe.dtype == "float32" else 2
+    counted = (token_counts.calibration_tokens, token_counts.longest_batch, matmul_bytes)
     return QuantizationPlan(
         model_config=model_config,
         quantization=recipe.quantization(),
@@ -111,9 +115,10 @@ def _make_plan(model_config: ModelConfig, recipe: Recipe, token_counts: TokenCou
         calibrated=recipe.calibrated,
         correction=recipe.calibrated and recipe.correction,
         descent_passes=recipe.refine_passes,
-        matmul_bytes=4 if recipe.dtype == "float32" else 2,
+        matmul_bytes=matmul_bytes,
         prefetch=True,
         device=recipe.device,
+        gradients=GradientPlan(model_config, *counted) if recipe.score_gradients else None,
     )
 
 
@@ -125,10 +130,15 @@ def _make_recipe(
     widths = [model_config.linear_shape(name)[1] for name in BLOCK_LINEARS]
     group_size, note = usable_group_size(options.group_size, widths)
     stored_as_gptq = options.method in ("gptq", "rtn")
+    in_blocks = not any(width % NF4_BLOCKSIZE for width in widths)
+    calibrated = options.method == "gptq" or (options.method == "nf4" and options.rows != 0 and in_blocks)
+    if options.method == "nf4" and not in_blocks:
+        note = f"a width is not a multiple of {NF4_BLOCKSIZE}, so NF4 is not calibrated."
     recipe = Recipe(
         model=model,
         conversations=conversations,
         method=options.method,
+        calibrated=calibrated,
         bits=options.bits,
         group_size=group_size if stored_as_gptq else -1,
         sym=options.sym,
@@ -138,6 +148,7 @@ def _make_recipe(
         activation_order=options.activation_order,
         importance_scales=options.importance_scales,
         refine_passes=options.descent_passes,
+        score_gradients=options.score_gradients and calibrated,
         scored_share=options.scored_share,
         correction=options.correction,
         token_budget=options.token_budget,
@@ -145,7 +156,7 @@ def _make_recipe(
         device=device,
         repair=options.recalibration,
     )
-    return recipe, [note] if note and stored_as_gptq else []
+    return recipe, [note] if note and (stored_as_gptq or not in_blocks) else []
 
 
 def _device(requested: str, must_exist: bool) -> str:

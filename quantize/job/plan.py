@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantize.job.gradient_plan import GradientPlan
 from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS, QuantizationConfig
 
@@ -23,6 +24,7 @@ BITSANDBYTES_BYTES = 128 << 20  # the library and its imports
 # Bytes per weight of a linear during its solve: reordered 16-bit weight, fp32 weight or error, fp32 dequantized weight,
 # codes before and after packing, temporaries of a block of columns.
 SOLVE_BYTES_PER_WEIGHT = 2 + 4 + 4 + 2 + 2
+TWO_SIDED_BYTES_PER_WEIGHT = 4 + 4  # error and residual of the two-sided solve
 TARGET_BYTES_PER_WEIGHT = 4  # the corrected fp32 target, if it does not reuse the correction's buffer
 SOLVED_BYTES_PER_WEIGHT = 4 + 1  # target and codes of a linear whose group is still being solved
 DATA_FREE_BYTES_PER_WEIGHT = {"gptq": 18, "nf4": 14, "int8": 13}  # without calibration, by stored format; measured
@@ -51,6 +53,7 @@ class QuantizationPlan:
         calibrated: whether Hessians are accumulated (gptq) or not (nf4, int8, rtn).
         correction: whether target weights are corrected (see solver/correction.py).
         descent_passes: coordinate descent passes after the solve.
+        gradients: costs of the backward sweep, or None without one; the solve is then one-sided.
         matmul_bytes: bytes per element of matmul inputs, 2 or 4.
         prefetch: whether the next block is read while the current one is quantized.
         device: `cpu` or a CUDA device.
@@ -65,6 +68,7 @@ class QuantizationPlan:
     matmul_bytes: int
     prefetch: bool
     device: str
+    gradients: GradientPlan | None = None
 
     # ---- sizes ------------------------------------------------------------------------------------------
 
@@ -91,8 +95,13 @@ class QuantizationPlan:
         return sum(torch.Size(shape).numel() for shape in shapes) * self.model_config.dtype.itemsize
 
     @property
+    def reads(self) -> int:
+        """How often the 16-bit checkpoint is read."""
+        return 1 + (self.gradients.passes if self.gradients else 0)
+
+    @property
     def disk_read(self) -> int:
-        """Bytes of the 16-bit checkpoint, which is read once."""
+        """Bytes of the 16-bit checkpoint."""
         return self.block_bytes * self.model_config.num_hidden_layers + self.outer_bytes
 
     @property
@@ -108,9 +117,20 @@ class QuantizationPlan:
         return 2 * hidden * (2 * 4 * self.token_counts.tokens + 2 * self.token_counts.parity_tokens)
 
     @property
-    def hidden_state_writes(self) -> int:
-        """Bytes of hidden states written over the whole job: each block writes one of the two buffers."""
-        return self.hidden_state_bytes // 2 * self.model_config.num_hidden_layers
+    def temporary_writes(self) -> int:
+        """Bytes of temporary files written over the whole job: each block writes one of two buffers."""
+        gradients = self.gradients.writes if self.gradients else 0
+        return self.hidden_state_bytes // 2 * self.model_config.num_hidden_layers + gradients
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Largest size of the memory-mapped files in use: the backward sweep ends before hidden states are stored."""
+        return max(self.hidden_state_bytes, self.gradients.buffer_bytes if self.gradients else 0)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Largest size of the job's files that are deleted at the end."""
+        return self.mapped_bytes + (self.gradients.statistics_bytes if self.gradients else 0)
 
     @property
     def tokens_per_input(self) -> float:
@@ -123,26 +143,34 @@ class QuantizationPlan:
     def working_bytes(self) -> int:
         """Peak bytes of one block on the compute device: weights, activations, Hessian and solve."""
         block = self.block_bytes + self._packed_block
-        forward = block + self._cast_bytes + self._activation_bytes
+        cast = self._largest * self.matmul_bytes  # the largest weight, cast or dequantized
+        forward = block + cast + self._activation_bytes
         if not self.calibrated:
             return max(forward, block + self._largest * DATA_FREE_BYTES_PER_WEIGHT[self.quantization.method])
-        return max(forward, *(self._group_bytes(group) for group in BLOCK_LINEAR_GROUPS))
+        backward = self.block_bytes + self.gradients.working_bytes if self.gradients else 0
+        return max(forward, backward, *(self._group_bytes(group) for group in BLOCK_LINEAR_GROUPS))
 
     def _group_bytes(self, group: Sequence[str]) -> int:
         """Peak bytes while the linears of one group are calibrated, the largest of three steps.
 
         1. Accumulation: Hessian, correction and activations.
-        2. Factorisation: Hessian, factor and correction.
-        3. Solve: factor, correction, the linear being solved, and the targets and codes of the others. Coordinate
+        2. Factorisation: Hessian, factor and correction; of outputs, the factor and its copy in another order.
+        3. Solve: factors, correction, the linear being solved, and the targets and codes of the others. Coordinate
            descent needs no more: the Hessian overwrites the factor.
         """
         out_features, in_features = self.model_config.linear_shape(group[0])
         hessian = 4 * in_features**2
         correction = 0 if not self.correction else 4 * in_features * (out_features if len(group) == 1 else in_features)
-        accumulation = hessian + self._activation_bytes + self._cast_bytes
+        accumulation = hessian + self._activation_bytes + self._largest * self.matmul_bytes
         each = SOLVE_BYTES_PER_WEIGHT + (TARGET_BYTES_PER_WEIGHT if self.correction and len(group) > 1 else 0)
+        outputs = 0
+        if self.gradients:
+            each += TWO_SIDED_BYTES_PER_WEIGHT
+            outputs = 4 * max(self.model_config.linear_shape(name)[0] for name in group) ** 2
         sizes = sorted(self._size(name) for name in group)
-        solve = hessian + sizes[-1] * each + sum(sizes[:-1]) * SOLVED_BYTES_PER_WEIGHT
+        others = sum(sizes[:-1]) * SOLVED_BYTES_PER_WEIGHT
+        targets = sum(sizes) * TARGET_BYTES_PER_WEIGHT
+        solve = hessian + max(outputs + sizes[-1] * each + others, 2 * outputs + targets if outputs else 0)
         return self.block_bytes + self._packed_block + correction + max(accumulation, 2 * hessian, solve)
 
     @property
@@ -155,17 +183,12 @@ class QuantizationPlan:
         kernels = BF16_KERNEL_BYTES if self.matmul_bytes == 2 and self.device == "cpu" else 0
         bitsandbytes = BITSANDBYTES_BYTES if self.quantization.method == "nf4" else 0
         libraries = INTERPRETER_BYTES + threads + kernels + bitsandbytes
-        return libraries + self.hidden_state_bytes + max(2 * embedding, block)
+        return libraries + self.mapped_bytes + max(2 * embedding, block)
 
     @property
     def peak_gpu_bytes(self) -> int:
         """Peak memory on the GPU; 0 on a CPU."""
         return 0 if self.device == "cpu" else self.working_bytes
-
-    @property
-    def _cast_bytes(self) -> int:
-        """Bytes of the largest linear's weight, cast or dequantized to the matmul dtype."""
-        return self._largest * self.matmul_bytes
 
     @property
     def _largest(self) -> int:
@@ -175,7 +198,7 @@ class QuantizationPlan:
     @property
     def _packed_block(self) -> int:
         """Bytes of the packed linears of one block."""
-        return sum(self._packed_size(name) for name in BLOCK_LINEARS)
+        return sum(self.quantization.linear_bytes(*self.model_config.linear_shape(name)) for name in BLOCK_LINEARS)
 
     @property
     def _activation_bytes(self) -> int:
@@ -206,7 +229,11 @@ class QuantizationPlan:
             )
         stages["factorisation"] = sum(k**3 / 3.0 for k in self._inputs)
         stages["solve"] = sum(self._size(name) * self.model_config.linear_shape(name)[1] for name in BLOCK_LINEARS)
-        if self.descent_passes:
+        if self.gradients:
+            shapes = [self.model_config.linear_shape(name) for name in BLOCK_LINEARS]
+            stages["backward sweep"] = self.gradients.flops
+            stages["solve"] = sum(2.0 * n * k * (n + k) + n**3 / 3.0 for n, k in shapes)
+        elif self.descent_passes:
             stages["refinement"] = 2 * (1 + self.descent_passes) * stages["solve"]
         return stages
 
@@ -218,9 +245,6 @@ class QuantizationPlan:
     def _size(self, name: str) -> int:
         out_features, in_features = self.model_config.linear_shape(name)
         return out_features * in_features
-
-    def _packed_size(self, name: str) -> int:
-        return self.quantization.linear_bytes(*self.model_config.linear_shape(name))
 
 
 def widest_input(model_config: ModelConfig) -> int:

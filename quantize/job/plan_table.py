@@ -48,13 +48,13 @@ def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[st
         ),
         (
             "disk",
-            f"reads {format_size(plan.disk_read)} once, writes {format_size(plan.disk_written)} and, until the end, "
-            f"{format_size(plan.hidden_state_bytes)} of activations",
+            f"reads {format_size(plan.disk_read)} {_times(plan.reads)}, writes {format_size(plan.disk_written)} and, "
+            f"until the end, {format_size(plan.temporary_bytes)} of activations",
         ),
         (
             "activations",
             f"memory-mapped in {output / 'job' / 'streams'}; rewritten for every block, "
-            f"{format_size(plan.hidden_state_writes)} in total",
+            f"{format_size(plan.temporary_writes)} in total",
         ),
         (
             "peak memory",
@@ -77,6 +77,10 @@ def token_warning(plan: QuantizationPlan) -> str | None:
         f"{width:,} inputs of the widest linear{rank}. Scores move less with {TOKENS_PER_INPUT} "
         f"({TOKENS_PER_INPUT * width:,} tokens): give more data with --calibration, or more --rows."
     )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _time(plan: QuantizationPlan) -> str:

@@ -25,8 +25,11 @@ class Recipe:
         model: fingerprint of the 16-bit checkpoint.
         conversations: fingerprint of the rendered calibration and parity rows.
         method: `gptq`, `nf4`, `int8` (bitsandbytes LLM.int8) or `rtn` (round to nearest, the baseline).
+        calibrated: whether calibration activations are used: always for gptq, never for int8 and rtn.
         refine_passes: coordinate descent passes after the GPTQ solve.
-        scored_share: share of a row's Hessian weight that its scored token gets; 0 for equal token weights.
+        score_gradients: weight tokens and outputs by the gradients of the scores.
+        scored_share: without `score_gradients`, share of a row's Hessian weight that its scored token gets; 0 for equal
+            token weights.
         correction: correct target weights for the quantization error of earlier layers.
         token_budget: tokens per batch; it determines the order of sums.
         dtype: dtype of matmul inputs, `float32` or `bfloat16`.
@@ -39,6 +42,7 @@ class Recipe:
     model: str
     conversations: str
     method: str
+    calibrated: bool
     bits: int
     group_size: int
     sym: bool
@@ -48,6 +52,7 @@ class Recipe:
     activation_order: bool
     importance_scales: bool
     refine_passes: int
+    score_gradients: bool
     scored_share: float
     correction: bool
     token_budget: int
@@ -59,11 +64,10 @@ class Recipe:
         if not 0 <= self.scored_share < 1:
             raise ConfigurationError(f"--scored-share is {self.scored_share}; it must be at least 0 and below 1.")
         self.settings()  # validates the solver's values
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the method uses calibration activations."""
-        return self.method == "gptq"
+        if self.score_gradients and not self.static_groups:
+            raise ConfigurationError(
+                "--no-static-groups cannot choose scales with score gradients; add --no-score-gradients."
+            )
 
     def choices(self) -> dict[str, Any]:
         """All fields except the fingerprints, for the report and the model card."""
@@ -73,7 +77,7 @@ class Recipe:
         """The GPTQ solver's settings."""
         names = {field.name for field in fields(GPTQSettings)}
         shared = {name: value for name, value in asdict(self).items() if name in names}
-        return GPTQSettings(**shared, descent_passes=self.refine_passes)
+        return GPTQSettings(**shared, nf4=self.method == "nf4", descent_passes=self.refine_passes)
 
     def quantization(self) -> QuantizationConfig:
         """The stored format; `rtn` is stored in GPTQ's."""

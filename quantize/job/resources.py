@@ -37,12 +37,12 @@ def fit_memory(plan: QuantizationPlan, budget: int | None) -> QuantizationPlan:
 
 def _needed(plan: QuantizationPlan, budget: int | None) -> int:
     """Host bytes that must be free. The kernel can drop mapped pages, so they count only against a given budget."""
-    return plan.peak_host_bytes - (plan.hidden_state_bytes if budget is None else 0)
+    return plan.peak_host_bytes - (plan.mapped_bytes if budget is None else 0)
 
 
 def _memory_message(plan: QuantizationPlan, budget: int | None, limit: int) -> str:
-    without_states = plan.peak_host_bytes - plan.hidden_state_bytes
-    tokens = int((limit - without_states) / max(1, plan.hidden_state_bytes) * plan.token_counts.tokens)
+    without_states = plan.peak_host_bytes - plan.mapped_bytes
+    tokens = int((limit - without_states) / max(1, plan.mapped_bytes) * plan.token_counts.tokens)
     remedy = (
         f"lower --rows and --parity-pairs (about {tokens:,} tokens would fit)"
         if tokens > 0
@@ -66,7 +66,7 @@ def _check_gpu(plan: QuantizationPlan) -> None:
 def check_disk(plan: QuantizationPlan, output: Path) -> None:
     """Raise ConfigurationError if the disk of `output` has no room for what the job has not written yet."""
     written = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
-    needed = plan.disk_written + plan.hidden_state_bytes - written
+    needed = plan.disk_written + plan.temporary_bytes - written
     check_free_space(
         output, needed, "free some space, choose an --output on another disk, or lower --rows and --parity-pairs"
     )

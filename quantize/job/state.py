@@ -48,7 +48,7 @@ class Job:
         state = _read_state(output)
         if state is None:
             state = {"schema": SCHEMA, "recipe": asdict(recipe), "threads": torch.get_num_threads()}
-            state |= {"shards": {}, "blocks": [], "finished": False}
+            state |= {"gradient_passes": 0, "shards": {}, "blocks": [], "finished": False}
         elif not resume:
             raise JobError(
                 f"{output} already contains a {'finished' if state['finished'] else 'started'} job; add --resume to "
@@ -56,7 +56,7 @@ class Job:
             )
         recipe.check_unchanged(state["recipe"], f"the job in {output}")
         job = cls(output, state, lock)
-        if not job.blocks or job.finished:
+        if job.finished or not (job.blocks or job.gradient_passes):
             job._remove_states()
         if not job.finished:
             job.states_directory.mkdir(exist_ok=True)
@@ -88,6 +88,11 @@ class Job:
         return self._state["threads"]
 
     @property
+    def gradient_passes(self) -> int:
+        """Finished passes of the backward sweep."""
+        return self._state["gradient_passes"]
+
+    @property
     def blocks(self) -> list[dict[str, Any]]:
         """Metrics of the finished blocks, in order."""
         return self._state["blocks"]
@@ -107,6 +112,11 @@ class Job:
         self._state["blocks"].append(metrics)
         lines = (json.dumps(block) + "\n" for block in self.blocks)
         write_file_atomically(self.output / "job" / "blocks.jsonl", "".join(lines))
+        self._save()
+
+    def finish_gradient_pass(self) -> None:
+        """Record a pass of the backward sweep whose results are on disk."""
+        self._state["gradient_passes"] += 1
         self._save()
 
     def record_shard(self, shard: str, sha256: str) -> None:

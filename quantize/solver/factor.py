@@ -105,7 +105,7 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
         damp = (damp_percent * diagonal).index_fill_(0, dead, 1.0)[columns]
         damped = diagonal[columns] + damp
         upper.diagonal().copy_(damped)
-        if _cholesky_in_place(upper):
+        if cholesky_in_place(upper):
             break
         damp_percent = max(10 * damp_percent, MIN_RETRY_DAMP_PERCENT)
         if damp_percent > MAX_RETRY_DAMP_PERCENT:
@@ -115,7 +115,7 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
             )
         notes = [f"{name}: damp_percent raised from {settings.damp_percent:g} to {damp_percent:g}"]
     roots = upper.diagonal().clone()
-    _divide_above_diagonal(upper, roots)
+    divide_above_diagonal(upper, roots)
     return CholeskyFactor(columns, upper, damped, roots.square(), damp, dead, tuple(notes))
 
 
@@ -131,7 +131,7 @@ def _gather(hessian: Tensor, columns: Tensor, into: Tensor) -> None:
         into[start : start + block_size] = hessian[columns[start : start + block_size]][:, columns]
 
 
-def _divide_above_diagonal(matrix: Tensor, divisors: Tensor, block_size: int = 512) -> None:
+def divide_above_diagonal(matrix: Tensor, divisors: Tensor, block_size: int = 512) -> None:
     """Divide row i of a matrix [K, K] by divisors[i], on and above the diagonal only."""
     for start in range(0, len(matrix), block_size):
         stop = start + block_size
@@ -140,7 +140,7 @@ def _divide_above_diagonal(matrix: Tensor, divisors: Tensor, block_size: int = 5
         matrix[start:stop, stop:] /= by
 
 
-def _cholesky_in_place(matrix: Tensor) -> bool:
+def cholesky_in_place(matrix: Tensor) -> bool:
     """Replace the upper triangle of a symmetric matrix [K, K] by R with R^T R = matrix; return whether it succeeded.
 
     Left-looking and blocked, so that nearly all of the K^3 / 3 multiplications are matrix products. It needs no second

@@ -18,16 +18,25 @@ import torch
 from torch import Tensor
 
 from quantize.solver.factor import CholeskyFactor, weighted_square
-from quantize.solver.scale_search import group_scales
+from quantize.solver.group_grids import NF4Grid, UniformGrid
+from quantize.solver.output_factor import OutputFactor
 from quantize.solver.settings import INNER_BLOCK_SIZE, GPTQSettings
 from quantize.solver.solved_linear import SolvedLinear
+from quantize.solver.two_sided import solve_two_sided
 from runtime.common.errors import NonFiniteError
 
 
-def solve(weight: Tensor, factor: CholeskyFactor, settings: GPTQSettings, name: str = "a linear layer") -> SolvedLinear:
+def solve(
+    weight: Tensor,
+    factor: CholeskyFactor,
+    settings: GPTQSettings,
+    name: str = "a linear layer",
+    outputs: OutputFactor | None = None,
+) -> SolvedLinear:
     """Quantize weight [N, K] on the factor's device, minimising the output error under the factor's Hessian.
 
     Args:
+        outputs: weights the output error, and makes the solve two-sided; None weights all outputs equally.
         name: the linear's name, for error messages.
 
     Raises:
@@ -41,7 +50,36 @@ def solve(weight: Tensor, factor: CholeskyFactor, settings: GPTQSettings, name: 
     output_power = factor.output_power(work)
     if not math.isfinite(output_power):
         raise NonFiniteError(f"{name}: a weight is NaN or infinite; the checkpoint is damaged, download it again.")
-    grid = _Grid(weight, factor, settings)
+    grid = NF4Grid(weight, factor, settings) if settings.nf4 else UniformGrid(weight, factor, settings)
+    if outputs is None and isinstance(grid, UniformGrid):
+        codes, loss = _solve_columns(work, factor, grid)
+    else:
+        lower = outputs.lower if outputs else work.new_zeros(len(weight), len(weight))
+        solved, error, residual = solve_two_sided(work, factor.upper, lower, grid.whole())
+        loss = weighted_square(residual, factor.pivots) - weighted_square(error, factor.damp)
+        codes = torch.empty_like(solved).index_copy_(0, columns, solved)
+    return SolvedLinear(
+        codes=codes,
+        zeros=grid.zeros,
+        scales=grid.scales,
+        g_idx=grid.g_idx,
+        loss=max(loss.item(), 0.0),
+        output_power=output_power,
+        damp=float(factor.damp.mean()),
+        dead_columns=len(factor.dead),
+        notes=factor.notes,
+        quant_state=grid.quant_state,
+        levels=grid.levels,
+    )
+
+
+def _solve_columns(work: Tensor, factor: CholeskyFactor, grid: UniformGrid) -> tuple[Tensor, Tensor]:
+    """Solve column by column: codes uint8 [K, N] by input feature, and the loss without damping.
+
+    Args:
+        work: weight fp32 [K, N] in the order of `factor.columns`; becomes w - q in place.
+    """
+    columns = factor.columns
     codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
     loss = torch.zeros((), dtype=torch.float64, device=work.device)
     for stop in range(len(work), 0, -grid.block_size):
@@ -55,63 +93,7 @@ def solve(weight: Tensor, factor: CholeskyFactor, settings: GPTQSettings, name: 
         codes[columns[start:stop]] = solved.to(torch.uint8)
         target.addcmul_(zero, scale).addcmul_(solved, scale, value=-1)  # target - q
         loss += weighted_square(target, factor.pivots[start:stop]) - weighted_square(block, factor.damp[start:stop])
-    undamped = max(loss.item(), 0.0)
-    return SolvedLinear(
-        codes=codes,
-        zeros=grid.zeros,
-        scales=grid.scales,
-        g_idx=grid.g_idx,
-        loss=undamped,
-        output_power=output_power,
-        damp=float(factor.damp.mean()),
-        dead_columns=len(factor.dead),
-        notes=factor.notes,
-    )
-
-
-class _Grid:
-    """Scales and zeros of all groups, chosen before the solve (`static`) or when the solver reaches a group.
-
-    In the second case each group is contiguous in the order of quantization, and one block of the solve is one group.
-    """
-
-    def __init__(self, weight: Tensor, factor: CholeskyFactor, settings: GPTQSettings) -> None:
-        out_features, in_features = weight.shape
-        size = in_features if settings.group_size == -1 else settings.group_size
-        self.max_code = (1 << settings.bits) - 1
-        self.static = settings.static_groups or size == in_features
-        self.block_size = settings.block_size if self.static else size
-        self._settings = settings
-        self._columns = factor.columns
-        self._importance = factor.importance if settings.importance_scales else None
-
-        grouping = torch.arange(in_features, device=weight.device)
-        if settings.desc_act:
-            grouping = factor.columns.flip(0)
-        self.g_idx = torch.empty(in_features, dtype=torch.int32, device=weight.device)
-        self.g_idx[grouping] = torch.arange(in_features, dtype=torch.int32, device=weight.device) // size
-        self._group_index = self.g_idx[factor.columns].long()
-        if self.static:
-            self.scales, self.zeros = self._choose(weight[:, grouping] if settings.desc_act else weight, grouping, size)
-        else:
-            groups = -(-in_features // size)
-            self.scales = torch.empty(groups, out_features, dtype=torch.float16, device=weight.device)
-            self.zeros = torch.empty(groups, out_features, dtype=torch.uint8, device=weight.device)
-
-    def choose_group_scales(self, start: int, stop: int, updated: Tensor) -> None:
-        """Choose scale and zero of the group at positions start..stop from its updated weights [stop - start, N]."""
-        group = self._group_index[start]
-        scales, zeros = self._choose(updated.T, self._columns[start:stop], -1)
-        self.scales[group], self.zeros[group] = scales[0], zeros[0]
-
-    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Zero and scale, both fp32 [stop - start, N], of positions start..stop."""
-        groups = self._group_index[start:stop]
-        return self.zeros[groups].float(), self.scales[groups].float()
-
-    def _choose(self, weight: Tensor, columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        importance = None if self._importance is None else self._importance[columns]
-        return group_scales(weight, importance, self._settings.bits, size, self._settings.sym)
+    return codes, loss
 
 
 def _updated_weights(block: Tensor, target: Tensor, square: Tensor) -> Tensor:

@@ -89,13 +89,17 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _factors(x: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield pairs (left, right) of [T, K] whose products left^T right add up to sum_t w_t x_t x_t^T.
 
-    bf16 tokens are first multiplied with weight 1 in bf16. The few tokens with another weight add the difference in
-    fp32.
+    bf16 tokens are first multiplied with weight 1 in bf16. If few tokens have another weight, these add the difference
+    in fp32. Otherwise x_t sqrt(w_t) is rounded to bf16, whose error averages out over the tokens.
     """
     if x.dtype == torch.bfloat16:
+        heavy = torch.empty(0) if weights is None else (weights != 1).nonzero()[:, 0]
+        if weights is not None and 2 * len(heavy) > len(x):
+            scaled = (x * weights.sqrt()[:, None]).to(x.dtype)
+            yield scaled, scaled
+            return
         yield x, x
         if weights is not None:
-            heavy = (weights != 1).nonzero()[:, 0]
             few = x[heavy].float()
             yield few * (weights[heavy, None] - 1), few
     else:

@@ -16,6 +16,7 @@ class GPTQSettings:
     """The defaults keep to the format that every GPTQ reader supports; docs/decisions.md has their ablation.
 
     Attributes:
+        nf4: round to NF4's levels in blocks of 64, and not to a uniform grid with `bits`, `group_size` and `sym`.
         group_size: input columns per scale, -1 for all.
         desc_act: form the groups in activation order, so that `g_idx` is permuted.
         damp_percent: fraction of each diagonal entry of the Hessian that is added to it.
@@ -31,6 +32,7 @@ class GPTQSettings:
         ConfigurationError: a value is out of range, or two settings contradict each other.
     """
 
+    nf4: bool = False
     bits: int = 4
     group_size: int = 128
     sym: bool = True

@@ -7,10 +7,11 @@ earlier ones already packed ("true sequential"). q, k and v share one Hessian an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from quantize.gradients.statistics import GradientStatistics
 from quantize.job.recipe import Recipe
 from quantize.solver.correction import TargetCorrection
 from quantize.solver.hessian import Hessian
@@ -81,7 +82,13 @@ QKV, O_PROJ, GATE_UP, DOWN_PROJ = BLOCK_LINEAR_GROUPS
 
 
 def quantize_block(
-    block: Block, original: Block, states: SweepStates, index: int, recipe: Recipe, on_linear: ProgressCallback
+    block: Block,
+    original: Block,
+    states: SweepStates,
+    index: int,
+    recipe: Recipe,
+    on_linear: ProgressCallback,
+    gradients: GradientStatistics | None = None,
 ) -> PackedBlock:
     """Replace the linears of `block` by packed ones and compute the block's output for all rows.
 
@@ -92,12 +99,13 @@ def quantize_block(
         block, original: two unquantized blocks over the same tensors; only `block` is changed.
         states: hidden states before the block.
         index: the block's number, for messages.
+        gradients: of the scores, by the block's linears.
 
     Raises:
         NonFiniteError: an activation or a weight is not finite.
         UnresumableJobError: a Hessian cannot be factorised.
     """
-    quantizer = BlockQuantizer(block, recipe, index, states.quantized.device, on_linear)
+    quantizer = BlockQuantizer(block, recipe, index, states.quantized.device, on_linear, gradients)
     # The unquantized block runs first, so that an error names the checkpoint's weights and not the packed ones.
     if not recipe.calibrated:
         states.reference.advance(original, index)
@@ -130,7 +138,12 @@ def _quantize_group(
 ) -> None:
     """Accumulate the statistics of the group's input over all batches, then quantize its linears."""
     hessian, correction = quantizer.start_group(group)
-    _accumulate(hessian, correction, step, quantizer, quantized, reference, batches)
+    if quantizer.gradients:
+        weights: Sequence[torch.Tensor | None] = quantizer.gradients.token_weights(group, hessian.in_features)
+    else:
+        scored_share = quantizer.recipe.scored_share
+        weights = [token_weights(quantized.hidden_states, batch, scored_share) for batch in batches]
+    _accumulate(hessian, correction, step, quantizer, quantized, reference, dict(zip(batches, weights, strict=True)))
     quantizer.quantize_group(group, hessian, correction)
 
 
@@ -141,18 +154,20 @@ def _accumulate(
     quantizer: BlockQuantizer,
     quantized: BlockForward,
     reference: BlockForward,
-    batches: Sequence[int],
+    weights: Mapping[int, torch.Tensor | None],
 ) -> None:
-    """Add the inputs of all batches. A function of its own, so that the last inputs are freed before `factorise`."""
-    for batch in batches:
+    """Add the inputs of all batches, with the weights of their tokens.
+
+    A function of its own, so that the last inputs are freed before `factorise`.
+    """
+    for batch, of_tokens in weights.items():
         start = time.perf_counter()
         x = step(quantized, batch)
         reference_x = step(reference, batch)
         middle = time.perf_counter()
-        weights = token_weights(quantized.hidden_states, batch, quantizer.recipe.scored_share)
-        hessian.add(x, weights)
+        hessian.add(x, of_tokens)
         if correction:
-            correction.add(x, reference_x, weights)
+            correction.add(x, reference_x, of_tokens)
         end = time.perf_counter()
         if step is BlockForward.mlp_activation:  # the last step: only down_proj remains of the unquantized block
             reference.write_output(batch, reference_x)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from quantize.gradients.statistics import GradientStatistics
 from quantize.job.progress import BlockProgress
 from quantize.job.recipe import Recipe
 from quantize.job.state import Job
@@ -15,9 +17,8 @@ from quantize.sweep.checkpoint_writer import CheckpointWriter
 from quantize.sweep.hidden_states import SweepStates
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.model_config import block_prefix
-from runtime.common.errors import NonFiniteError
 from runtime.common.process_memory import peak_memory
-from runtime.execution.block_loading import read_blocks
+from runtime.execution.block_loading import check_finite_tensors, read_blocks
 from runtime.modeling.linear import Tensors
 
 
@@ -30,12 +31,14 @@ def quantize_blocks(
     progress: BlockProgress,
     *,
     prefetch: bool,
+    gradients: Callable[[int], GradientStatistics] | None = None,
 ) -> None:
     """Quantize every block that the job has not finished, and write one shard per block.
 
     Args:
         states: hidden states before the first unfinished block; not yet filled if no block is finished.
         prefetch: read the next block while the current one is quantized.
+        gradients: reads the gradient statistics of a block.
 
     Raises:
         CheckpointError: the source checkpoint cannot be read.
@@ -47,13 +50,14 @@ def quantize_blocks(
         check_finite_tensors(outer)
         states.embed(outer.pop("model.embed_tokens.weight"))
         job.record_shard(*writer.write_embedding())
-    for index, tensors in read_blocks(checkpoint, len(job.blocks), prefetch=prefetch):
+    unfinished = range(len(job.blocks), checkpoint.model_config.num_hidden_layers)
+    for index, tensors in read_blocks(checkpoint, unfinished, prefetch=prefetch):
         start = time.perf_counter()
         prefix = block_prefix(index)
         check_finite_tensors(tensors, prefix)
         block = {name: tensor.to(states.device) for name, tensor in tensors.items()}
         tensors.clear()
-        packed = _quantize_and_advance(states, block, index, recipe, progress)
+        packed = _quantize_and_advance(states, block, index, recipe, progress, gradients and gradients(index))
         written = writer.write_shard(index + 1, {prefix + name: each.cpu() for name, each in packed.tensors.items()})
         states.sync()
         job.finish_block(*written, _block_metrics(states, packed, index, time.perf_counter() - start))
@@ -63,11 +67,16 @@ def quantize_blocks(
 
 
 def _quantize_and_advance(
-    states: SweepStates, tensors: Tensors, index: int, recipe: Recipe, progress: BlockProgress
+    states: SweepStates,
+    tensors: Tensors,
+    index: int,
+    recipe: Recipe,
+    progress: BlockProgress,
+    gradients: GradientStatistics | None,
 ) -> PackedBlock:
     """Quantize the block and compute its output in all three sets of hidden states."""
     packed = quantize_block(
-        states.block(tensors), states.block(tensors), states, index, recipe, progress.linear_started
+        states.block(tensors), states.block(tensors), states, index, recipe, progress.linear_started, gradients
     )
     start = time.perf_counter()
     states.advance_noise_floor(tensors, index)
@@ -86,11 +95,3 @@ def _block_metrics(states: SweepStates, packed: PackedBlock, index: int, seconds
     if torch.cuda.is_available():
         metrics["peak_gpu_memory"] = torch.cuda.max_memory_allocated()
     return metrics
-
-
-def check_finite_tensors(tensors: Tensors, prefix: str = "") -> None:
-    """Raise NonFiniteError naming the first tensor with a NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # aminmax returns NaN if there is one
-            count = int((~torch.isfinite(tensor)).sum())
-            raise NonFiniteError(f"{prefix}{name} has {count} non-finite values; download that shard again.")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from quantize.gradients.statistics import GradientStatistics
 from quantize.job.recipe import Recipe
 from quantize.solver.coordinate_descent import coordinate_descent
 from quantize.solver.correction import TargetCorrection
@@ -17,6 +18,8 @@ from quantize.solver.data_free import quantize_int8, quantize_nf4, round_to_near
 from quantize.solver.factor import CholeskyFactor, factorise
 from quantize.solver.gptq import solve
 from quantize.solver.hessian import Hessian
+from quantize.solver.nf4_grid import pack_nf4
+from quantize.solver.output_factor import OutputFactor
 from quantize.solver.solved_linear import SolvedLinear
 from runtime.checkpoints.model_config import BLOCK_LINEARS, BLOCK_NORMS
 from runtime.common.process_memory import release_freed_memory
@@ -79,13 +82,21 @@ class BlockQuantizer:
     """
 
     def __init__(
-        self, block: Block, recipe: Recipe, index: int, device: torch.device | str, on_linear: ProgressCallback
+        self,
+        block: Block,
+        recipe: Recipe,
+        index: int,
+        device: torch.device | str,
+        on_linear: ProgressCallback,
+        gradients: GradientStatistics | None = None,
     ):
         """
         Args:
             index: the block's number, for messages.
             device: where activations and Hessians are.
+            gradients: of the scores; None weights all outputs of a linear equally.
         """
+        self.gradients = gradients
         self.block, self.recipe, self.index, self.device, self.on_linear = block, recipe, index, device, on_linear
         self.quantization = recipe.quantization()
         self.seconds = dict.fromkeys(("inputs", "hessian", "factorise", "solve", "refine", "pack"), 0.0)
@@ -162,9 +173,11 @@ class BlockQuantizer:
         for name, target in zip(group, targets, strict=True):
             self.on_linear(name, self._loss)
             with self._timed("solve", name):
-                solved.append(solve(target, factor, settings))
+                outputs = OutputFactor.from_low_rank(*self.gradients.output_moment(name)) if self.gradients else None
+                solved.append(solve(target, factor, settings, outputs=outputs))
             self._loss = solved[-1].relative_loss
-        if not settings.descent_passes:
+        # Coordinate descent would weight all outputs equally, and knows uniform grids only.
+        if self.gradients or settings.nf4 or not settings.descent_passes:
             return solved
         with self._timed("refine", group[0]):
             matrix = factor.into_hessian()
@@ -178,7 +191,10 @@ class BlockQuantizer:
     def _pack(self, group: Sequence[str], solved: Sequence[SolvedLinear]) -> None:
         for name, each in zip(group, solved, strict=True):
             with self._timed("pack", name):
-                packed = pack_gptq(each.codes, each.zeros, each.scales, each.g_idx, self.recipe.bits)
+                if each.quant_state is None:
+                    packed = pack_gptq(each.codes, each.zeros, each.scales, each.g_idx, self.recipe.bits)
+                else:
+                    packed = pack_nf4(each.codes, each.quant_state, self.block.model_config.dtype)
             metrics = LinearMetrics(
                 each.loss,
                 each.relative_loss,

@@ -12,6 +12,7 @@ from rich.progress import MofNCompleteColumn
 
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.model_config import HEAD_TENSORS
+from runtime.common.errors import NonFiniteError
 from runtime.common.terminal import progress_line
 from runtime.execution.placement_plan import DeviceShare, PlacementPlan
 from runtime.execution.prefetcher import Prefetcher
@@ -120,15 +121,26 @@ def load_blocks(checkpoint: Checkpoint, plan: PlacementPlan, console: Console) -
     return devices
 
 
-def read_blocks(checkpoint: Checkpoint, start: int = 0, *, prefetch: bool = True) -> Iterator[tuple[int, Tensors]]:
-    """Yield (index, stored tensors) of block `start` and all later ones.
+def read_blocks(
+    checkpoint: Checkpoint, indices: Sequence[int] | None = None, *, prefetch: bool = True
+) -> Iterator[tuple[int, Tensors]]:
+    """Yield (index, stored tensors) of the blocks `indices`, or of all.
 
     With `prefetch`, the next block is read while the caller uses the current one.
     """
-    indices = range(start, checkpoint.model_config.num_hidden_layers)
+    if indices is None:
+        indices = range(checkpoint.model_config.num_hidden_layers)
     with Prefetcher(checkpoint.read_block, indices, depth=int(prefetch)) as blocks:
         for index in indices:
             yield index, next(blocks)
+
+
+def check_finite_tensors(tensors: Tensors, prefix: str = "") -> None:
+    """Raise NonFiniteError naming the first tensor with a NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # aminmax returns NaN if there is one
+            count = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteError(f"{prefix}{name} has {count} non-finite values; download that shard again.")
 
 
 def read_head(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> ScoreHead:

@@ -113,7 +113,7 @@ class HiddenStates:
 
     def sync(self) -> None:
         """Flush `next_buffer` to disk, if it is a file."""
-        file = self._files[(self.finished_blocks + 1) % 2]
+        file = self._files[(self.finished_blocks + 1) % len(self._buffers)]
         if file is not None:
             handle = os.open(file, os.O_RDWR)
             try:

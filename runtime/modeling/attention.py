@@ -35,6 +35,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, segments: Sequen
     """
     if query.is_cuda and query.dtype != torch.float32:
         return _flash_attention(query, key, value, segments)
+    return tiled_attention(query, key, value, segments)
+
+
+def tiled_attention(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """Compute the same as `causal_attention` in plain torch, tile by tile; autograd can differentiate it."""
     outputs = query.new_empty(query.shape, dtype=value.dtype)
     for segment in segments:
         keys, values = _copy_to_tiles(key, segment, torch.float32), _copy_to_tiles(value, segment, value.dtype)

@@ -157,6 +157,6 @@ def test_help_tells_what_the_exit_status_means(capsys: pytest.CaptureFixture[str
 def test_the_defaults_are_the_solver_s_own():
     options, settings = vars(parse([])), vars(GPTQSettings())
     shared = options.keys() & settings.keys()
-    assert shared == settings.keys() - {"block_size"}
+    assert shared == settings.keys() - {"block_size", "nf4"}
     assert {name: options[name] for name in shared} == {name: settings[name] for name in shared}
     assert set(METHODS) == {"gptq", "nf4", "int8", "rtn"}

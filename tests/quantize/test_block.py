@@ -62,9 +62,9 @@ def quantize(states: SweepStates, recipe=GPTQ, on_linear=lambda *_: None) -> Pac
 METHODS = {
     "gptq": GPTQ,
     "gptq-8": replace(GPTQ, bits=8),
-    "rtn": replace(GPTQ, method="rtn"),
-    "nf4": replace(RECIPE, method="nf4", group_size=-1),
-    "int8": replace(RECIPE, method="int8", bits=8, group_size=-1),
+    "rtn": replace(GPTQ, method="rtn", calibrated=False),
+    "nf4": replace(RECIPE, method="nf4", calibrated=False, group_size=-1),
+    "int8": replace(RECIPE, method="int8", calibrated=False, bits=8, group_size=-1),
 }
 
 
@@ -171,7 +171,9 @@ def test_linears_of_one_input_share_one_factor(monkeypatch):
     calls = []
     real_factorise, real_solve = linear_quantizer.factorise, linear_quantizer.solve
     monkeypatch.setattr(linear_quantizer, "factorise", lambda *a: (calls.append("factor"), real_factorise(*a))[1])
-    monkeypatch.setattr(linear_quantizer, "solve", lambda w, *a: (calls.append(tuple(w.shape)), real_solve(w, *a))[1])
+    monkeypatch.setattr(
+        linear_quantizer, "solve", lambda w, *a, **k: (calls.append(tuple(w.shape)), real_solve(w, *a, **k))[1]
+    )
     quantize(make_streams())
     expected = []
     for group in BLOCK_LINEAR_GROUPS:

@@ -40,9 +40,7 @@ def make_streams(checkpoint: Checkpoint, **more) -> SweepStates:
 
 def sweep(states: SweepStates, checkpoint: Checkpoint, blocks: range) -> None:
     """Both streams through unquantized blocks."""
-    for index, tensors in read_blocks(checkpoint, blocks.start):
-        if index not in blocks:
-            break
+    for index, tensors in read_blocks(checkpoint, blocks):
         states.reference.advance(states.block(tensors), index)
         states.advance_noise_floor(tensors, index)
         states.quantized.advance(states.block(tensors), index)

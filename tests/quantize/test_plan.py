@@ -125,11 +125,16 @@ def test_the_activations_planned_are_the_files_made(place, tmp_path, monkeypatch
     sizes = []
     monkeypatch.setattr(
         "quantize.run.quantize_blocks",
-        lambda job, *_, **__: sizes.append(sum(f.stat().st_size for f in job.states_directory.iterdir())),
+        lambda job, *_, **__: sizes.extend(
+            sum(file.stat().st_size for file in job.states_directory.glob(f"*{suffix}"))
+            for suffix in (".bin", ".safetensors")
+        ),
     )
     monkeypatch.setattr("quantize.run.compute_final_scores", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert quantize(place / "model", place / "pairs.jsonl", tmp_path / "out") == 130
-    assert sizes == [planned(place).hidden_state_bytes]
+    plan = planned(place)
+    assert plan.gradients and sizes[0] == plan.hidden_state_bytes
+    assert sizes[1] <= 1.05 * plan.gradients.statistics_bytes  # with headers; the rank may turn out lower
 
 
 @pytest.mark.slow
@@ -247,7 +252,7 @@ def test_a_plan_from_a_config_alone_estimates_its_tokens(tmp_path):
     counts = plan.token_counts
     assert counts.estimated and counts.parity_tokens == pytest.approx(4 * counts.calibration_tokens, rel=0.2)
     rows = dict(plan_rows(plan, "WorldPM-72B", Path("out")))
-    assert rows["tokens"].startswith("about ") and rows["disk"].startswith("reads 133.2 GiB once, writes 36.4 GiB")
+    assert rows["tokens"].startswith("about ") and rows["disk"].startswith("reads 133.2 GiB 3 times, writes 36.4 GiB")
     assert "80 blocks, hidden 8192" in rows["model"] and "4.16 bits a weight" in rows["method"]
     assert rows["activations"].startswith("memory-mapped in out/job/streams; rewritten for every block, ")
     assert "TFLOP/s" in rows["time"] and "so its Hessian is rank-deficient" in str(token_warning(plan))

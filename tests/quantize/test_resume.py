@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantize.gradients.backward_sweep import BackwardSweep
+from quantize.gradients.statistics import BlockGradients
 from quantize.job.state import Job
 from quantize.sweep.checkpoint_writer import CheckpointWriter
 from quantize.sweep.hidden_states import SweepStates
@@ -79,6 +81,11 @@ RUN, QUANTIZER, WRITER = (
 )
 MOMENTS = {
     "as the streams are opened": (RUN, "SweepStates", 1),
+    "in the forward half of the backward sweep": (BackwardSweep, "_forward", 3),
+    "in its backward half": (BackwardSweep, "_backward", 4),
+    "as statistics are written": (BlockGradients, "save", 2),
+    "before a pass counts": (Job, "finish_gradient_pass", LAYERS + 2),
+    "as its buffers are removed": (BackwardSweep, "remove_buffers", 1),
     "before the first embedding": (SweepStates, "embed", 1),
     "as the embedding is written": (CheckpointWriter, "write_embedding", 1),
     "between two linears": (QUANTIZER, "solve", 3 * 7 + 5),
@@ -86,7 +93,7 @@ MOMENTS = {
     "as a shard is written": (WRITER, "save_file", 4),
     "as the streams are synced": (SweepStates, "sync", 2),
     "before a block counts": (Job, "finish_block", 3),
-    "as a block is recorded": (Job, "_save", 5),
+    "as a block is recorded": (Job, "_save", 2 * LAYERS + 5),
     "before the streams turn over": (SweepStates, "swap_buffers", 4),
     "after the last block": (SweepStates, "swap_buffers", LAYERS),
     "before the scores": (RUN, "compute_final_scores", 1),

@@ -119,7 +119,7 @@ def test_what_is_not_quantized_is_what_it_was(written, place):
         assert torch.equal(source.read(name).view(torch.uint8), made.read(name).view(torch.uint8)), name
 
 
-@pytest.mark.parametrize(("rich", "poor"), [("gptq-8", "gptq-4"), ("int8", "nf4"), ("int8", "rtn")])
+@pytest.mark.parametrize(("rich", "poor"), [("gptq-8", "gptq-4"), ("gptq-8", "nf4"), ("int8", "rtn")])
 def test_eight_bits_keep_more_than_four(place, rich, poor):
     """Of every linear (noise 16 times smaller is 24 decibels), and of the scores."""
     eight, four = variant(place, rich), variant(place, poor)

@@ -25,7 +25,8 @@ def test_matches_float64(dtype: torch.dtype, weighted: bool, features: int) -> N
         hessian.add(x[start:stop], weights[start:stop] if weighted else None)
     found, expected = hessian.matrix(), exact(x, weights)
     scale = expected.diagonal().sqrt()
-    assert ((found - expected) / torch.outer(scale, scale)).abs().max() < 2e-6
+    rounded = weighted and dtype == torch.bfloat16  # x sqrt(w) is then rounded to bf16
+    assert ((found - expected) / torch.outer(scale, scale)).abs().max() < (2e-3 if rounded else 2e-6)
     assert torch.equal(found, found.T)
     assert hessian.tokens == 500
 
