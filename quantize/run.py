@@ -14,6 +14,7 @@ if __package__ in (None, ""):  # run as a file: replace quantize/ on the path by
 
 import torch
 from rich.console import Console
+from rich.progress import MofNCompleteColumn
 
 from quantize.arguments import parse
 from quantize.gradients.backward_sweep import BackwardSweep, pass_count, statistics_file
@@ -21,7 +22,7 @@ from quantize.gradients.statistics import GradientStatistics
 from quantize.job.inputs import JobInputs, plan_from_config, read_inputs
 from quantize.job.options import QuantizeOptions
 from quantize.job.plan_table import print_plan
-from quantize.job.progress import BlockProgress, GradientProgress
+from quantize.job.progress import BlockProgress
 from quantize.job.recipe import Recipe
 from quantize.job.resources import check_disk, fit_memory
 from quantize.job.state import Job, check_output_directory
@@ -38,7 +39,7 @@ from runtime.common.command import run_command
 from runtime.common.errors import ConfigurationError
 from runtime.common.files import write_file_atomically
 from runtime.common.process_memory import peak_memory
-from runtime.common.terminal import format_size, print_table
+from runtime.common.terminal import format_size, print_table, progress_line
 from runtime.common.version import kit_version
 from runtime.evaluation.pairs import write_pairs
 from runtime.evaluation.report import JSON_FILE, ParityReport, Thresholds, check_thresholds, read_report
@@ -153,8 +154,9 @@ def read_gradients(job: Job, inputs: JobInputs, console: Console) -> Callable[[i
             finished_passes=job.gradient_passes,
             prefetch=inputs.plan.prefetch,
         )
-        with GradientProgress(sweep.steps, sweep.finished_steps, console) as progress:
-            sweep.run(job.finish_gradient_pass, progress.block_done)
+        with progress_line(console, "gradients", MofNCompleteColumn()) as progress:
+            task = progress.add_task("", total=sweep.steps, completed=sweep.finished_steps)
+            sweep.run(job.finish_gradient_pass, lambda: progress.advance(task))
         sweep.remove_buffers()
     return lambda index: GradientStatistics(statistics_file(job.states_directory, index), starts, recipe.device)
 

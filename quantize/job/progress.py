@@ -11,27 +11,6 @@ from runtime.common.process_memory import peak_memory
 from runtime.common.terminal import format_size, progress_line
 
 
-class GradientProgress:
-    """A progress line of the backward sweep: blocks, forward and backward."""
-
-    def __init__(self, blocks: int, finished: int, console: Console):
-        self._bar = progress_line(console, "gradients", MofNCompleteColumn())
-        self._task = self._bar.add_task("", total=blocks, completed=finished)
-
-    def __enter__(self) -> GradientProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def block_done(self) -> None:
-        """Advance the bar by one block."""
-        self._bar.advance(self._task)
-
-
 class BlockProgress:
     """A progress line: blocks, current linear, loss, memory, elapsed and remaining time."""
 
