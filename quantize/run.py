@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: replace quantize/ on the path by the root of the tree
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 from quantize.arguments import parse
-from quantize.gradients.backward_sweep import BackwardSweep, pass_count, statistics_file
+from quantize.gradients.backward_sweep import BackwardSweep, statistics_file
 from quantize.gradients.statistics import GradientStatistics
 from quantize.job.inputs import JobInputs, plan_from_config, read_inputs
 from quantize.job.options import QuantizeOptions
@@ -47,7 +46,6 @@ from runtime.evaluation.report_files import write_report
 from runtime.evaluation.verdict import summary_table, verdict
 from runtime.execution.block_loading import read_head
 from runtime.execution.devices import device_context
-from runtime.modeling.packed_batch import pack_batches
 from runtime.modeling.precision import BFLOAT16, FLOAT32, Precision
 
 RESUME_HINT = "finished blocks are kept; run the same command with --resume to continue."
@@ -139,15 +137,13 @@ def quantize_and_score(job: Job, inputs: JobInputs, writer: CheckpointWriter, co
 def read_gradients(job: Job, inputs: JobInputs, console: Console) -> Callable[[int], GradientStatistics]:
     """Run what is left of the backward sweep; return a function that reads the statistics of a block."""
     checkpoint, recipe = inputs.checkpoint, inputs.recipe
-    rows = [row.rendered for row in inputs.sample.calibration]
-    batches = pack_batches(rows, recipe.token_budget)
-    starts = list(accumulate((batch.tokens for batch in batches), initial=0))
-    if job.gradient_passes < pass_count(checkpoint.model_config, starts[-1], precision_of(recipe)):
+    assert inputs.plan.gradients is not None
+    if job.gradient_passes < 2 * len(inputs.plan.gradients.segments):
         sweep = BackwardSweep(
             checkpoint,
             read_head(checkpoint, recipe.device),
             precision_of(recipe),
-            rows,
+            [row.rendered for row in inputs.sample.calibration],
             token_budget=recipe.token_budget,
             device=recipe.device,
             directory=job.states_directory,
@@ -158,7 +154,7 @@ def read_gradients(job: Job, inputs: JobInputs, console: Console) -> Callable[[i
             task = progress.add_task("", total=sweep.steps, completed=sweep.finished_steps)
             sweep.run(job.finish_gradient_pass, lambda: progress.advance(task))
         sweep.remove_buffers()
-    return lambda index: GradientStatistics(statistics_file(job.states_directory, index), starts, recipe.device)
+    return lambda index: GradientStatistics(statistics_file(job.states_directory, index), recipe.device)
 
 
 def precision_of(recipe: Recipe) -> Precision:

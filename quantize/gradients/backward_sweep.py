@@ -12,6 +12,7 @@ Rows that share a prefix share its tokens. A random sign per row keeps their gra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from quantize.gradients.differentiable import DifferentiableBlock
 from quantize.gradients.statistics import BlockGradients
 from quantize.job.gradient_plan import segments
 from runtime.checkpoints.checkpoint import Checkpoint
-from runtime.checkpoints.model_config import ModelConfig, block_prefix
+from runtime.checkpoints.model_config import block_prefix
 from runtime.conversations.rendering import RenderedConversation
 from runtime.execution.block_loading import check_finite_tensors, read_blocks
 from runtime.execution.hidden_states import HiddenStates
@@ -66,8 +67,8 @@ class BackwardSweep:
         self.directory, self.finished_passes, self.prefetch = directory, finished_passes, prefetch
         model_config = checkpoint.model_config
         self.batches = [batch.to(device) for batch in pack_batches(rows, token_budget)]
-        tokens = sum(batch.tokens for batch in self.batches)
-        self.segments = segments(model_config, tokens, precision.matmul_dtype.itemsize)
+        self._tokens = sum(batch.tokens for batch in self.batches)
+        self.segments = segments(model_config, self._tokens, precision.matmul_dtype.itemsize)
         self._rotary = RotaryEmbedding(model_config, max(len(row.token_ids) for row in rows), device)
         generator = torch.Generator().manual_seed(0)
         self._signs = torch.randint(0, 2, (len(rows),), generator=generator).mul_(2).sub_(1).float()
@@ -148,12 +149,12 @@ class BackwardSweep:
             self._fill_inside(segment, lambda: None)
         for index, tensors in read_blocks(self.checkpoint, blocks[::-1], prefetch=self.prefetch):
             block = self._block(index, tensors)
-            statistics = BlockGradients(self.checkpoint.model_config, self.batches, self.device)
+            statistics = BlockGradients(self.checkpoint.model_config, self._tokens, self.device)
             for number, batch in enumerate(self.batches):
-                statistics.start_batch(number)
                 gradient = self._gradient.read(number, next_buffer=index != blocks[-1])
                 hidden = self._input(segment, index, number)
-                self._gradient.write(number, block.gradient(hidden, batch, gradient, statistics.add))
+                add = partial(statistics.add, self._gradient.rows(number))
+                self._gradient.write(number, block.gradient(hidden, batch, gradient, add))
             statistics.check_finite(index)
             statistics.save(statistics_file(self.directory, index))
             on_block()
@@ -193,11 +194,6 @@ class BackwardSweep:
             signs = self._signs[list(batch.rows)].to(scored.device)
             (gradient,) = torch.autograd.grad((self.head(scored) * signs).sum(), scored)
         return torch.zeros_like(hidden).index_add_(0, batch.scored, gradient)
-
-
-def pass_count(model_config: ModelConfig, tokens: int, precision: Precision) -> int:
-    """Number of passes of a sweep."""
-    return 2 * len(segments(model_config, tokens, precision.matmul_dtype.itemsize))
 
 
 def statistics_file(directory: Path, index: int) -> Path:

@@ -14,28 +14,18 @@ from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS
 from runtime.common.errors import NonFiniteError
 from runtime.common.files import atomic_file
 from runtime.modeling.linear import Tensors
-from runtime.modeling.packed_batch import PackedBatch
 
 
 class BlockGradients:
     """Accumulates the statistics of one block over the calibration batches."""
 
-    def __init__(self, model_config: ModelConfig, batches: Sequence[PackedBatch], device: torch.device | str) -> None:
-        self._starts = [0]
-        for batch in batches:
-            self._starts.append(self._starts[-1] + batch.tokens)
-        self._squares = torch.zeros(len(BLOCK_LINEAR_GROUPS), self._starts[-1], device=device)
+    def __init__(self, model_config: ModelConfig, tokens: int, device: torch.device | str) -> None:
+        self._squares = torch.zeros(len(BLOCK_LINEAR_GROUPS), tokens, device=device)
         self._moments = {name: OutputMoment(model_config.linear_shape(name)[0], device) for name in BLOCK_LINEARS}
-        self._batch = 0
 
-    def start_batch(self, batch: int) -> None:
-        """The next gradients belong to batch `batch`."""
-        self._batch = batch
-
-    def add(self, linear: str, gradients: torch.Tensor) -> None:
-        """Add the gradients [T, N] of one linear's output at the tokens of the batch."""
+    def add(self, tokens: slice, linear: str, gradients: torch.Tensor) -> None:
+        """Add the gradients [T, N] of one linear's output at a batch's `tokens`."""
         group = next(index for index, names in enumerate(BLOCK_LINEAR_GROUPS) if linear in names)
-        tokens = slice(self._starts[self._batch], self._starts[self._batch + 1])
         self._squares[group, tokens] += self._moments[linear].add(gradients)
 
     def check_finite(self, index: int) -> None:
@@ -66,18 +56,12 @@ class GradientStatistics:
             first linear of each group: the squared norm of the group's gradients at each calibration token.
     """
 
-    def __init__(self, path: Path, starts: Sequence[int], device: torch.device | str) -> None:
-        """
-        Args:
-            starts: first token of each calibration batch, and the number of tokens.
-        """
+    def __init__(self, path: Path, device: torch.device | str) -> None:
         self.tensors: Tensors = load_file(path, device=str(device))
-        self._starts = starts
 
-    def token_weights(self, group: Sequence[str], in_features: int) -> list[torch.Tensor]:
-        """Weights [T] of the tokens of each calibration batch, for the Hessian of `group`; their mean is 1."""
-        weights = token_weights(self.tensors[f"{group[0]}.squares"], in_features)
-        return [weights[start:stop] for start, stop in zip(self._starts, self._starts[1:], strict=False)]
+    def token_weights(self, group: Sequence[str], in_features: int) -> torch.Tensor:
+        """Weights [T] of all calibration tokens, in the order of the batches, for the Hessian of `group`."""
+        return token_weights(self.tensors[f"{group[0]}.squares"], in_features)
 
     def output_moment(self, linear: str) -> tuple[torch.Tensor, torch.Tensor]:
         """V and diagonal of the linear's output moment."""
@@ -85,7 +69,7 @@ class GradientStatistics:
 
 
 def token_weights(squares: torch.Tensor, in_features: int) -> torch.Tensor:
-    """Mix equal weights with weights proportional to |g|^2: w = 1 - a + a |g|^2 / mean |g|^2.
+    """Mix equal weights with weights proportional to |g|^2: w = 1 - a + a |g|^2 / mean |g|^2, of mean 1.
 
     GuidedQuant (Kim et al. 2025, arXiv 2505.07004) takes a = 1. The gradients of a score sit on few tokens, and a
     Hessian of fewer tokens than inputs fits the calibration data alone. So a is the largest share that leaves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,17 @@ class Grid:
     max_code: int
     levels: Tensor | None = None
 
+    @cached_property
+    def _middles(self) -> Tensor:
+        assert self.levels is not None
+        return (self.levels[1:] + self.levels[:-1]) / 2
+
     def round(self, target: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> Tensor:
         """Write the code of the grid point nearest to each target to `out`, all fp32 of one shape; return its value."""
         if self.levels is None:
             torch.addcdiv(zero, target, scale, out=out).round_().clamp_(0, self.max_code)
         else:
-            out.copy_(torch.bucketize(target / scale, (self.levels[1:] + self.levels[:-1]) / 2))
+            out.copy_(torch.bucketize(target / scale, self._middles))
         return self.value(out, scale, zero)
 
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

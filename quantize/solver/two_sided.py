@@ -43,7 +43,7 @@ def solve_two_sided(weight: Tensor, upper: Tensor, lower: Tensor, grid: Grid) ->
     """
     columns, rows = weight.shape
     pad_k, pad_n = -columns % TILE, -rows % TILE
-    if pad_k or pad_n:  # padding is solved last in its column or row, and its weights and factors are 0
+    if pad_k or pad_n:  # weights and factors of the padding are 0, so it changes nothing
         weight = F.pad(weight, (0, pad_n, 0, pad_k))
         upper, lower = F.pad(upper, (0, pad_k, 0, pad_k)), F.pad(lower, (0, pad_n, 0, pad_n))
         grid = grid.padded(pad_k, pad_n)

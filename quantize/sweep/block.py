@@ -139,7 +139,8 @@ def _quantize_group(
     """Accumulate the statistics of the group's input over all batches, then quantize its linears."""
     hessian, correction = quantizer.start_group(group)
     if quantizer.gradients:
-        weights: Sequence[torch.Tensor | None] = quantizer.gradients.token_weights(group, hessian.in_features)
+        of_all = quantizer.gradients.token_weights(group, hessian.in_features)
+        weights: list[torch.Tensor | None] = [of_all[quantized.hidden_states.rows(batch)] for batch in batches]
     else:
         scored_share = quantizer.recipe.scored_share
         weights = [token_weights(quantized.hidden_states, batch, scored_share) for batch in batches]
