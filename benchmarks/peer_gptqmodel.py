@@ -270,7 +270,7 @@ def layer_losses(
 
 def open_block(checkpoint: Checkpoint, index: int, rotary: RotaryEmbedding) -> Block:
     tensors = checkpoint.read_block(index)
-    return Block.from_tensors(checkpoint.model_config, tensors, rotary, FLOAT32, checkpoint.quantization)
+    return Block.from_tensors(checkpoint.model_config, tensors, rotary, FLOAT32, checkpoint.block_quantization(index))
 
 
 def linear_inputs(block: Block, hidden: list[torch.Tensor], place: int, batch) -> Iterator[torch.Tensor]:

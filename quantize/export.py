@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from quantize.job.resources import check_free_space
 from quantize.padding import pad_block, padded_size
 from quantize.sweep.checkpoint_writer import CheckpointWriter
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from runtime.checkpoints.model_config import BLOCK_LINEARS, block_prefix
+from runtime.checkpoints.model_config import block_prefix
 from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.common.command import make_parser, run_command
 from runtime.common.errors import ConfigurationError
@@ -131,7 +132,7 @@ def pad_config(checkpoint: Checkpoint, tensor_parallel: int) -> Checkpoint:
     quantization = check_gptq(checkpoint)
     check_split(checkpoint, quantization, tensor_parallel)
     before = checkpoint.model_config.intermediate_size
-    after = padded_size(before, quantization.group_size, tensor_parallel)
+    after = padded_size(before, common_group_size(quantization), tensor_parallel)
     if after == before:
         raise ConfigurationError(
             f"{checkpoint.name}: intermediate_size {before} already splits over {tensor_parallel} GPUs; serve this "
@@ -159,13 +160,19 @@ def check_gptq(checkpoint: Checkpoint) -> QuantizationConfig:
     return quantization
 
 
+def common_group_size(quantization: QuantizationConfig) -> int:
+    """The least common multiple of the group sizes of all linears; 1 if all linears have one group."""
+    sizes = (quantization.group_size, *(each.quantization.group_size for each in quantization.overrides))
+    return math.lcm(*(max(size, 1) for size in sizes))
+
+
 def check_split(checkpoint: Checkpoint, quantization: QuantizationConfig, tensor_parallel: int) -> None:
     """Raise ConfigurationError if attention does not split over the GPUs, because padding the MLP cannot help then."""
-    config = checkpoint.model_config
-    heads, kv_heads, group_size = config.num_attention_heads, config.num_key_value_heads, quantization.group_size
+    config, group_size = checkpoint.model_config, common_group_size(quantization)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % tensor_parallel or (kv_heads % tensor_parallel and tensor_parallel % kv_heads):
         problem = f"{heads} attention heads and {kv_heads} key-value heads"
-    elif config.hidden_size // tensor_parallel % max(group_size, 1):
+    elif config.hidden_size // tensor_parallel % group_size:
         problem = f"o_proj's {config.hidden_size} inputs in groups of {group_size}"
     else:
         return
@@ -178,11 +185,11 @@ def check_split(checkpoint: Checkpoint, quantization: QuantizationConfig, tensor
 def added_bytes(checkpoint: Checkpoint, padded: Checkpoint) -> int:
     """Bytes that padding adds to all blocks."""
     quantization = check_gptq(checkpoint)
+    blocks = range(checkpoint.model_config.num_hidden_layers)
     old, new = (
-        sum(quantization.linear_bytes(*each.model_config.linear_shape(name)) for name in BLOCK_LINEARS)
-        for each in (checkpoint, padded)
+        sum(quantization.block_bytes(each.model_config, index) for index in blocks) for each in (checkpoint, padded)
     )
-    return (new - old) * checkpoint.model_config.num_hidden_layers
+    return new - old
 
 
 def check_output_and_space(output: Path, nbytes: int) -> None:
@@ -217,7 +224,7 @@ def write_shards(writer: CheckpointWriter, checkpoint: Checkpoint, console: Cons
     for index, block in track(
         blocks, "padding", count, console=console, transient=True, disable=not console.is_terminal
     ):
-        padded = pad_block(block, writer.quantization, size)
+        padded = pad_block(block, writer.quantization.of_block(index), size)
         name, digest = writer.write_shard(index + 1, {block_prefix(index) + key: padded[key] for key in padded})
         shards[name] = digest
     shards |= [writer.write_head()]

@@ -8,6 +8,7 @@ their bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,12 +26,17 @@ def padded_size(size: int, group_size: int, tensor_parallel: int) -> int:
     return -(-size // step) * step
 
 
-def pad_block(block: Tensors, quantization: QuantizationConfig, size: int) -> Tensors:
-    """Pad a GPTQ block, named as by `Checkpoint.read_block`, to the intermediate size `size`."""
+def pad_block(block: Tensors, quantizations: Mapping[str, QuantizationConfig], size: int) -> Tensors:
+    """Pad a GPTQ block, named as by `Checkpoint.read_block`, to the intermediate size `size`.
+
+    Args:
+        quantizations: of each linear, by name.
+    """
     padded = dict(block)
-    for linear, pad in (("mlp.gate_proj.", pad_outputs), ("mlp.up_proj.", pad_outputs), ("mlp.down_proj.", pad_inputs)):
-        tensors = {name.removeprefix(linear): tensor for name, tensor in block.items() if name.startswith(linear)}
-        padded |= {linear + suffix: tensor for suffix, tensor in pad(tensors, quantization, size).items()}
+    for linear, pad in (("mlp.gate_proj", pad_outputs), ("mlp.up_proj", pad_outputs), ("mlp.down_proj", pad_inputs)):
+        prefix = linear + "."
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in block.items() if name.startswith(prefix)}
+        padded |= {prefix + suffix: tensor for suffix, tensor in pad(tensors, quantizations[linear], size).items()}
     return padded
 
 

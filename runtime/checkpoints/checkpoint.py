@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runtime.checkpoints.model_config import BLOCK_LINEARS, HEAD_TENSORS, ModelConfig, block_prefix
+from runtime.checkpoints.model_config import HEAD_TENSORS, ModelConfig, block_prefix
 from runtime.checkpoints.quantization_config import NF4_QUANT_STATE, QuantizationConfig
+from runtime.checkpoints.quantization_parsing import read_quantization_config
 from runtime.checkpoints.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors_file, read_tensor
 from runtime.checkpoints.source import checkpoint_name, find_directory
 from runtime.checkpoints.tensor_spec import check_layout, is_ignored, read_nf4_quant_state
@@ -64,9 +66,13 @@ class Checkpoint:
         """
         prefix = block_prefix(index)
         block = {name.removeprefix(prefix): self.read(name) for name in self.tensors if name.startswith(prefix)}
-        if self.quantization is not None:
-            _check_packed_linears(block, self.model_config, self.quantization, f"{self.name}: {prefix}")
+        if quantizations := self.block_quantization(index):
+            _check_packed_linears(block, self.model_config, quantizations, f"{self.name}: {prefix}")
         return block
+
+    def block_quantization(self, index: int) -> dict[str, QuantizationConfig] | None:
+        """The quantization of each linear of block `index`, by name; None if the checkpoint is unquantized."""
+        return self.quantization.of_block(index) if self.quantization else None
 
     def tensor_nbytes(self, prefix: str = "") -> list[int]:
         """Return the stored bytes of each tensor whose name starts with `prefix`."""
@@ -138,7 +144,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig, QuantizationC
         return config, model_config, None
     if not isinstance(quantization_entry, dict):
         raise CheckpointError(f"{path}: quantization_config is {quantization_entry!r:.80}; an object was expected.")
-    return config, model_config, QuantizationConfig.from_config(quantization_entry, str(path))
+    return config, model_config, read_quantization_config(quantization_entry, str(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -204,10 +210,13 @@ def _check_index(weight_map: dict[str, str], shards: tuple[SafetensorsFile, ...]
 
 
 def _check_packed_linears(
-    block: dict[str, torch.Tensor], model_config: ModelConfig, quantization: QuantizationConfig, where: str
+    block: dict[str, torch.Tensor],
+    model_config: ModelConfig,
+    quantizations: Mapping[str, QuantizationConfig],
+    where: str,
 ) -> None:
     """Check what headers do not show: the range of g_idx, the NF4 quant state, the order of LLM.int8 codes."""
-    for linear in BLOCK_LINEARS:
+    for linear, quantization in quantizations.items():
         shape = model_config.linear_shape(linear)
         if quantization.method == "gptq":
             g_idx, num_groups = block[f"{linear}.g_idx"], quantization.num_groups(shape[1])

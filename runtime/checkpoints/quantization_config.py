@@ -1,17 +1,15 @@
-"""Storage layouts of quantized block linears, read from and written to `quantization_config`.
-
-Supported: GPTQ (as in AutoGPTQ, GPTQModel, vLLM and SGLang), and NF4 and LLM.int8 of bitsandbytes. Any other option
-raises an error that names it.
-"""
+"""Storage layouts of quantized block linears: GPTQ, and NF4 and LLM.int8 of bitsandbytes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
+from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig, block_prefix
 from runtime.common.errors import CheckpointError
 
 Method = Literal["gptq", "nf4", "int8"]
@@ -24,13 +22,36 @@ NF4_QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
 # Linears with the same input, which therefore share a Hessian: q, k, v; o; gate, up; down.
 BLOCK_LINEAR_GROUPS = (BLOCK_LINEARS[:3], BLOCK_LINEARS[3:4], BLOCK_LINEARS[4:6], BLOCK_LINEARS[6:])
 
-# GPTQ options that change the meaning of the stored tensors, with the only supported value.
-_REQUIRED_GPTQ_OPTIONS = {"pack_dtype": "int32", "is_marlin_format": False, "rotation": None, "adapter": None}
+_FUSED_NAMES = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}  # by the first linear of the group
+OVERRIDABLE_OPTIONS = ("bits", "group_size", "sym", "desc_act")  # of single linears, in `dynamic` rules
+
+
+@dataclass(frozen=True)
+class Override:
+    """Options of the linears whose full name `pattern` matches from its start: a rule in GPTQModel's `dynamic`."""
+
+    pattern: str
+    quantization: QuantizationConfig
+
+    @classmethod
+    def of_linears(cls, blocks: Iterable[int], names: Sequence[str], quantization: QuantizationConfig) -> Override:
+        """The rule for some linears of some blocks: `names` share an input and a module, such as `self_attn`.
+
+        vLLM and SGLang look for their fused linears only, so the names of those are part of the pattern.
+        """
+        module = names[0].rpartition(".")[0]
+        own = [name.rpartition(".")[2] for name in names]
+        choices = "|".join(own + ([_FUSED_NAMES[own[0]]] if own[0] in _FUSED_NAMES else []))
+        return cls(rf"model\.layers\.(?:{'|'.join(map(str, blocks))})\.{module}\.(?:{choices})$", quantization)
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Quantization method and its options; `group_size` to `checkpoint_format` apply to GPTQ only."""
+    """Quantization method and its options; `group_size` to `checkpoint_format` apply to GPTQ only.
+
+    Attributes:
+        overrides: GPTQ only; the first one that matches a linear holds. `of_block` applies them.
+    """
 
     method: Method
     bits: int
@@ -43,25 +64,10 @@ class QuantizationConfig:
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     double_quant: bool = True  # NF4: absmax is quantized too
     compute_dtype: str = "bfloat16"  # NF4: matmul dtype of other readers
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.bits in {"gptq": (4, 8), "nf4": (4,), "int8": (8,)}[self.method], self
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], where: str = "config.json") -> QuantizationConfig:
-        """Read a `quantization_config` of this kit or another writer; `where` names it in error messages.
-
-        Raises:
-            CheckpointError: an option is not supported; names the option and its value.
-        """
-        method = config.get("quant_method")
-        if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
-            method = "bitsandbytes"  # early transformers versions did not write it
-        if method == "gptq":
-            return _gptq_from_config(config, where)
-        if method == "bitsandbytes":
-            return _bitsandbytes_from_config(config, where)
-        raise _unsupported(where, "quant_method", method, "'gptq' or 'bitsandbytes'")
 
     def to_config(self) -> dict[str, Any]:
         """Return a `quantization_config` that makes other readers leave the score head unquantized."""
@@ -79,7 +85,8 @@ class QuantizationConfig:
                 "checkpoint_format": self.checkpoint_format,
                 "pack_dtype": "int32",
                 "modules_in_block_to_quantize": [list(group) for group in BLOCK_LINEAR_GROUPS],
-                "dynamic": {"-:score\\..*": {}},
+                "dynamic": {"-:score\\..*": {}}
+                | {f"+:{each.pattern}": self._changed_options(each.quantization) for each in self.overrides},
             }
         config: dict[str, Any] = {
             "quant_method": "bitsandbytes",
@@ -95,6 +102,10 @@ class QuantizationConfig:
                 "bnb_4bit_quant_storage": "uint8",
             }
         return config | {"llm_int8_threshold": 6.0, "llm_int8_has_fp16_weight": False}
+
+    def of_block(self, index: int) -> dict[str, QuantizationConfig]:
+        """The configs of the linears of block `index`, by name, without overrides."""
+        return {name: self._of_linear(block_prefix(index) + name) for name in BLOCK_LINEARS}
 
     def linear_tensors(self, out_features: int, in_features: int, bias: bool) -> dict[str, ExpectedTensor]:
         """Return the stored tensors of one linear: suffix -> (dtype, shape).
@@ -124,15 +135,41 @@ class QuantizationConfig:
             if dtype is not None and shape is not None
         )
 
+    def block_bytes(self, model_config: ModelConfig, index: int) -> int:
+        """Return the stored bytes of the linears of block `index`, as `linear_bytes`."""
+        return sum(
+            quantization.linear_bytes(*model_config.linear_shape(name))
+            for name, quantization in self.of_block(index).items()
+        )
+
     def bits_per_weight(self, model_config: ModelConfig) -> float:
         """Return the stored bits per weight of the block linears, including scales and zeros."""
+        blocks = model_config.num_hidden_layers if self.overrides else 1
+        stored = sum(self.block_bytes(model_config, index) for index in range(blocks))
         shapes = [model_config.linear_shape(name) for name in BLOCK_LINEARS]
-        weights = sum(out_features * in_features for out_features, in_features in shapes)
-        return 8 * sum(self.linear_bytes(*shape) for shape in shapes) / weights
+        return 8 * stored / (blocks * sum(out_features * in_features for out_features, in_features in shapes))
+
+    def nominal_bits(self, model_config: ModelConfig) -> float:
+        """Return `bits` plus the stored bits per weight that the overrides add: what `--bits` was, for a mix."""
+        if not self.overrides:
+            return self.bits
+        uniform = replace(self, overrides=())
+        return round(self.bits + self.bits_per_weight(model_config) - uniform.bits_per_weight(model_config), 2)
 
     def num_groups(self, in_features: int) -> int:
         """Return the number of groups per output row; the last group may be shorter."""
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    def _of_linear(self, name: str) -> QuantizationConfig:
+        for override in self.overrides:
+            if re.match(override.pattern, name):
+                return override.quantization
+        return replace(self, overrides=()) if self.overrides else self
+
+    def _changed_options(self, other: QuantizationConfig) -> dict[str, Any]:
+        """The options of `other` that differ; those of a rule are never empty, which some readers take for a skip."""
+        changed = {key: getattr(other, key) for key in OVERRIDABLE_OPTIONS if getattr(other, key) != getattr(self, key)}
+        return changed or {"bits": other.bits}
 
     def _gptq_tensors(self, out_features: int, in_features: int) -> dict[str, ExpectedTensor]:
         rows = packed_word_count(in_features, self.bits, "in_features")
@@ -172,79 +209,3 @@ def packed_word_count(count: int, bits: int, what: str) -> int:
             "GPTQ cannot store this linear, use NF4."
         )
     return count // codes_per_word
-
-
-def _gptq_from_config(config: dict[str, Any], where: str) -> QuantizationConfig:
-    for key, value in _REQUIRED_GPTQ_OPTIONS.items():
-        _choice(config, key, (value,), value, where)
-    _check_dynamic(config.get("dynamic") or {}, where)
-    stored_as = "checkpoint_format" if config.get("checkpoint_format") else "format"  # GPTQModel writes both
-    return QuantizationConfig(
-        method="gptq",
-        bits=_choice(config, "bits", (4, 8), None, where),
-        group_size=_group_size(config, where),
-        sym=_flag(config, "sym", True, where),
-        desc_act=_flag(config, "desc_act", False, where),
-        damp_percent=_damp_percent(config, where),
-        static_groups=_flag(config, "static_groups", False, where),
-        true_sequential=_flag(config, "true_sequential", True, where),
-        checkpoint_format=_choice(config, stored_as, ("gptq", "gptq_v2"), "gptq", where),
-    )
-
-
-def _group_size(config: dict[str, Any], where: str) -> int:
-    value = config.get("group_size", -1)
-    if type(value) is not int or (value < 1 and value != -1):
-        raise _unsupported(where, "group_size", value, "a positive whole number or -1")
-    return value
-
-
-def _damp_percent(config: dict[str, Any], where: str) -> float:
-    value = config.get("damp_percent")
-    if value is None:
-        return 0.01
-    if type(value) not in (int, float):
-        raise _unsupported(where, "damp_percent", value, "a number")
-    return float(value)
-
-
-def _check_dynamic(dynamic: Any, where: str) -> None:
-    """Accept rules that skip modules (the tensors show which); reject rules that change options of some modules."""
-    if not isinstance(dynamic, dict):
-        raise _unsupported(where, "dynamic", dynamic, "an object")
-    for pattern, override in dynamic.items():
-        if override and not pattern.startswith("-:"):
-            raise _unsupported(where, f"dynamic[{pattern!r}]", override, "the same options for every block linear")
-
-
-def _bitsandbytes_from_config(config: dict[str, Any], where: str) -> QuantizationConfig:
-    if _flag(config, "load_in_8bit", False, where):
-        _choice(config, "llm_int8_has_fp16_weight", (False,), False, where)
-        return QuantizationConfig(method="int8", bits=8)
-    if not _flag(config, "load_in_4bit", False, where):
-        raise _unsupported(where, "load_in_4bit", config.get("load_in_4bit"), "true, or load_in_8bit true")
-    _choice(config, "bnb_4bit_quant_type", ("nf4",), "fp4", where)  # bitsandbytes' own default is fp4
-    _choice(config, "bnb_4bit_quant_storage", ("uint8",), "uint8", where)
-    compute_dtype = _choice(config, "bnb_4bit_compute_dtype", ("bfloat16", "float16", "float32"), "float32", where)
-    double_quant = _flag(config, "bnb_4bit_use_double_quant", False, where)
-    return QuantizationConfig(method="nf4", bits=4, double_quant=double_quant, compute_dtype=compute_dtype)
-
-
-def _choice(config: dict[str, Any], key: str, allowed: tuple[Any, ...], default: Any, where: str) -> Any:
-    value = config.get(key)
-    value = default if value is None else value
-    # The type is compared too, because True == 1 == 1.0.
-    if value not in allowed or type(value) not in {type(choice) for choice in allowed}:
-        raise _unsupported(where, key, value, " or ".join(repr(choice) for choice in allowed))
-    return value
-
-
-def _flag(config: dict[str, Any], key: str, default: bool, where: str) -> bool:
-    value: bool = _choice(config, key, (True, False), default, where)
-    return value
-
-
-def _unsupported(where: str, key: str, value: Any, expected: str) -> CheckpointError:
-    return CheckpointError(
-        f"{where}: quantization_config has {key} {value!r}, which is not supported; {expected} was expected."
-    )

@@ -76,19 +76,31 @@ def expected_tensors(model_config: ModelConfig, quantization: QuantizationConfig
         name: (unquantized_dtype if name == "model.embed_tokens.weight" else None, shape)
         for name, shape in model_config.non_block_shapes().items()
     }
+    expected = dict(outer)
     block: dict[str, ExpectedTensor] = {}
+    for index in range(model_config.num_hidden_layers):
+        if index == 0 or (quantization and quantization.overrides):  # otherwise all blocks are alike
+            quantizations = quantization.of_block(index) if quantization else None
+            block = _expected_block(model_config, quantizations, unquantized_dtype)
+        expected |= {block_prefix(index) + name: entry for name, entry in block.items()}
+    return expected
+
+
+def _expected_block(
+    model_config: ModelConfig,
+    quantizations: Mapping[str, QuantizationConfig] | None,
+    unquantized_dtype: torch.dtype | None,
+) -> dict[str, ExpectedTensor]:
     shapes = model_config.block_shapes()
-    for name in BLOCK_NORMS:
-        block[name] = (None, shapes[name])
+    block: dict[str, ExpectedTensor] = {name: (None, shapes[name]) for name in BLOCK_NORMS}
     for name in BLOCK_LINEARS:
-        if quantization is None:
+        if quantizations is None:
             suffixes = ("weight", "bias") if name in BIASED_LINEARS else ("weight",)
             block |= {f"{name}.{suffix}": (unquantized_dtype, shapes[f"{name}.{suffix}"]) for suffix in suffixes}
         else:
-            stored = quantization.linear_tensors(*model_config.linear_shape(name), bias=name in BIASED_LINEARS)
+            stored = quantizations[name].linear_tensors(*model_config.linear_shape(name), bias=name in BIASED_LINEARS)
             block |= {f"{name}.{suffix}": entry for suffix, entry in stored.items()}
-    blocks = range(model_config.num_hidden_layers)
-    return outer | {block_prefix(index) + name: entry for index in blocks for name, entry in block.items()}
+    return block
 
 
 def check_head(tensors: Mapping[str, TensorInfo], where: str) -> None:

@@ -65,7 +65,8 @@ def describe_weights(checkpoint: Checkpoint) -> str:
     """The stored weights, such as `bfloat16 weights` or `gptq weights of 4 bits`."""
     quantization = checkpoint.quantization
     if quantization is not None:
-        return f"{quantization.method} weights of {quantization.bits} bits"
+        bits = quantization.nominal_bits(checkpoint.model_config)
+        return f"{quantization.method} weights of {bits:g} bits"
     names = {dtype: name for name, dtype in DTYPES.items()}
     return f"{names[checkpoint.model_config.dtype]} weights"
 

@@ -42,7 +42,7 @@ class Subject(BaseModel):
 
     model: str
     method: str
-    bits: int
+    bits: float
     bits_per_weight: float
     group_size: int = -1
     reference: str = "the unquantized model"
@@ -67,7 +67,7 @@ class Subject(BaseModel):
         return cls(
             model=model,
             method=method or (quantization.method if quantization else "unquantized"),
-            bits=quantization.bits if quantization else weight_bits,
+            bits=quantization.nominal_bits(model_config) if quantization else weight_bits,
             bits_per_weight=quantization.bits_per_weight(model_config) if quantization else weight_bits,
             group_size=quantization.group_size if quantization else -1,
             reference=reference,

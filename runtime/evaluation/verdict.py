@@ -129,7 +129,7 @@ def describe_quantization(subject: Subject) -> str:
     """The stored format, such as "GPTQ, 4 bits in groups of 128, 4.25 bits per weight"."""
     groups = f" in groups of {subject.group_size}" if subject.group_size > 0 else ""
     stored = f"{subject.bits_per_weight:.4g} bits per weight"
-    return f"{subject.method.upper()}, {subject.bits} bits{groups}, {stored}"
+    return f"{subject.method.upper()}, {subject.bits:g} bits{groups}, {stored}"
 
 
 def describe_threshold(threshold: ThresholdResult) -> str:

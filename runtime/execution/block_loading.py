@@ -77,7 +77,7 @@ class DeviceBlocks:
                 on_device,
                 self._rotary,
                 self._plan.precision,
-                self._checkpoint.quantization,
+                self._checkpoint.block_quantization(index),
             )
             if self._plan.keep_dequantized:
                 block.dequantize()

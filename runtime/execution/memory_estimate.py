@@ -103,7 +103,11 @@ class MemoryEstimate:
         if quantization is None or quantization.method != "gptq":
             return 0
         shapes = [self.checkpoint.model_config.linear_shape(name) for name in BLOCK_LINEARS]
-        return sum(2 * out_features * quantization.num_groups(in_features) for out_features, in_features in shapes)
+        groups = [
+            sum(shape[0] * each.num_groups(shape[1]) for each, shape in zip(block.values(), shapes, strict=True))
+            for block in map(quantization.of_block, range(self.block_count))
+        ]
+        return 2 * max(groups)
 
     def _weight_count(self, names: tuple[str, ...]) -> int:
         return sum(prod(self.checkpoint.model_config.linear_shape(name)) for name in names)

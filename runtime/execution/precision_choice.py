@@ -61,8 +61,9 @@ def check_precision(checkpoint: Checkpoint, precision: Precision) -> None:
     if not precision.float8:
         return
     quantization, shapes = checkpoint.quantization, map(checkpoint.model_config.linear_shape, BLOCK_LINEARS)
-    if quantization is None or (quantization.method, quantization.bits) != ("gptq", 4):
-        stored = "not quantized" if quantization is None else f"{quantization.method}, {quantization.bits} bits"
+    bits = quantization.nominal_bits(checkpoint.model_config) if quantization else 0
+    if quantization is None or (quantization.method, bits) != ("gptq", 4):
+        stored = "not quantized" if quantization is None else f"{quantization.method}, {bits:g} bits"
         raise ConfigurationError(
             f"dtype is 'fp8', which needs 4-bit GPTQ weights; {checkpoint.directory} is {stored}, and fp8 would lose "
             "its extra precision, so use auto."

@@ -6,7 +6,7 @@ the block, which runs the same steps in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,12 +95,17 @@ class Block:
         tensors: Tensors,
         rotary: RotaryEmbedding,
         precision: Precision,
-        quantization: QuantizationConfig | None = None,
+        quantizations: Mapping[str, QuantizationConfig] | None = None,
     ) -> Block:
-        """Create a block from its stored tensors, named without their `model.layers.N.` prefix."""
+        """Create a block from its stored tensors, named without their `model.layers.N.` prefix.
+
+        Args:
+            quantizations: of each linear, by name; None if the block is unquantized.
+        """
         linears = {}
         for name in BLOCK_LINEARS:
             stored = {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
+            quantization = quantizations[name] if quantizations else None
             linears[name] = make_linear(stored, quantization, model_config.linear_shape(name))
         return cls(model_config, {name: tensors[name] for name in BLOCK_NORMS}, linears, rotary, precision)
 

@@ -73,7 +73,9 @@ METHODS = {
 def test_the_stream_is_what_a_reader_of_the_packed_block_computes(method, precision):
     recipe, states = METHODS[method], make_streams(precision)
     packed = quantize(states, recipe)
-    reader = Block.from_tensors(ARCHITECTURE, packed.tensors, states.rotary, precision, recipe.quantization())
+    reader = Block.from_tensors(
+        ARCHITECTURE, packed.tensors, states.rotary, precision, recipe.quantization().of_block(0)
+    )
     for index, batch in enumerate(states.quantized.batches):
         expected = reader(states.quantized.read(index), batch)
         got = states.quantized.read(index, next_buffer=True)
@@ -269,7 +271,7 @@ def test_figures_of_rounding_are_of_the_weights(method):
     recipe, source = METHODS[method], block_tensors()
     states = make_streams()
     packed = quantize(states, recipe)
-    reader = Block.from_tensors(ARCHITECTURE, packed.tensors, states.rotary, FLOAT32, recipe.quantization())
+    reader = Block.from_tensors(ARCHITECTURE, packed.tensors, states.rotary, FLOAT32, recipe.quantization().of_block(0))
     for name, metrics in packed.linears.items():
         weight = source[f"{name}.weight"].double()
         error = (reader.linears[name].weight(torch.float32).double() - weight).square().mean()

@@ -98,7 +98,7 @@ def test_a_block_keeps_everything_else():
         for suffix, tensor in gptq_tensors(shape, quantization).items()
     }
     block["input_layernorm.weight"] = torch.ones(32)
-    padded = pad_block(block, quantization, 128)
+    padded = pad_block(block, quantization.of_block(0), 128)
     assert padded.keys() == block.keys()
     changed = {name for name in block if padded[name] is not block[name]}
     assert changed == {name for name in block if name.startswith("mlp.")} - {
