@@ -174,6 +174,7 @@ def project(tokens: int = 8 * 29568, parity_tokens: int = 375_000, blocks: int =
     plan = QuantizationPlan(
         model_config,
         QuantizationConfig("gptq", 4, 128),
+        4,
         TokenCounts(tokens, parity_tokens, 16384),
         calibrated=True,
         correction=False,

@@ -143,6 +143,7 @@ class Setting:
     Attributes:
         model: checkpoint directory or `demo`.
         calibration: file of calibration pairs; None for the bundled ones.
+        max_tokens: of a pair's conversations, and of those that a test bed is calibrated on.
         pairs: chosen and rejected conversations in turn.
     """
 
@@ -150,6 +151,7 @@ class Setting:
     model: str
     dtype: str
     calibration: Path | None
+    max_tokens: int
     pairs: list[RenderedConversation]
 
     @classmethod
@@ -164,7 +166,7 @@ class Setting:
                 build(arguments.testbed, Path(model), arguments.gguf)
             calibration.write_text("".join(json.dumps(row) + "\n" for row in training_rows(arguments.pairs)))
         pairs = draw_pairs(model, arguments.pairs, arguments.count, arguments.max_tokens)
-        return cls(work, model, arguments.dtype, calibration, pairs)
+        return cls(work, model, arguments.dtype, calibration, arguments.max_tokens, pairs)
 
     @property
     def tokens(self) -> int:
@@ -201,7 +203,8 @@ class Setting:
         output = self.work / f"{slug(name)}.{seed}"
         if not (output / "variant.json").exists():
             command = ["--model", self.model, "--output", str(output), "--parity-pairs", "2", "--resume"]
-            command += ["--calibration", str(self.calibration)] if self.calibration else []
+            if self.calibration:
+                command += ["--calibration", str(self.calibration), "--max-tokens", str(self.max_tokens)]
             command += ["--dtype", self.dtype, "--seed", str(seed), *VARIANTS[name]]
             inputs = read_inputs(parse_quantize(command))  # for the number of tokens, outside the time
             start = time.perf_counter()

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from quantize.job.options import (
     DEMO_PARITY_PAIRS,
@@ -33,6 +30,7 @@ examples:
   python quantize/run.py --model Qwen/WorldPM-72B --dry-run    disk, memory and time that the 72B will take
   python quantize/run.py --model Qwen/WorldPM-72B --bits 4 --output worldpm-72b-gptq-4bit
   python quantize/run.py --model ./WorldPM-72B --bits 4 --calibration my-pairs.jsonl --rows 256
+  python quantize/run.py --model ./WorldPM-72B --bits 4.5      half a bit more, for the linears that need it
   python quantize/run.py --method nf4                          bitsandbytes NF4, calibrated; --rows 0: plain
 
 exit status: 0 done; 1 a threshold was missed; 2 an error that the message explains; 130 stopped, resumable
@@ -49,7 +47,7 @@ def parse(argv: list[str] | None = None) -> QuantizeOptions:
     fixed = FIXED_BITS.get(arguments.method)
     if fixed and arguments.bits not in (None, fixed):
         raise ConfigurationError(
-            f"--method {arguments.method} has {fixed} bits, but --bits is {arguments.bits}; drop --bits."
+            f"--method {arguments.method} has {fixed} bits, but --bits is {arguments.bits:g}; drop --bits."
         )
     arguments.bits = fixed or arguments.bits or 4
     if arguments.correction is None:
@@ -70,7 +68,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="directory, hub id such as Qwen/WorldPM-72B, or `demo` (default)")
-    group.add_argument("--bits", type=int, choices=(4, 8), help="bits per weight, without scales (default 4)")
+    group.add_argument(
+        "--bits",
+        type=_bits,
+        metavar="N",
+        help="bits per weight, without scales: 4 (default), 8, or a number between, such as 4.5: then 4, and the extra "
+        "bits go to the linears that move the scores most, as smaller groups or 8 bits",
+    )
+    group.add_argument(
+        "--errors-of",
+        metavar="VARIANT",
+        help="4-bit variant of the model: bits between 4 and 8 go where it errs most (default: where rounding to "
+        "nearest would err most, which is less exact)",
+    )
     group.add_argument(
         "--method",
         choices=METHODS,
@@ -141,12 +151,6 @@ def _add_solver(group: argparse._ArgumentGroup) -> None:
     _add_switch(group, "activation-order", "solve columns in stored order")
     _add_switch(group, "importance-scales", "use min-max scales")
     _add_switch(group, "recalibration", "do not recalibrate the score head; its tensors keep their bytes")
-    group.add_argument(
-        "--refine-passes", action=_RenamedFlag, new_name="--descent-passes", dest="descent_passes", type=int
-    )
-    group.add_argument(
-        "--no-repair", action=_RenamedFlag, new_name="--no-recalibration", dest="recalibration", const=False
-    )
 
 
 def _add_objective(group: argparse._ArgumentGroup) -> None:
@@ -214,31 +218,14 @@ def _add_switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
     group.add_argument(f"--no-{name}", dest=name.replace("-", "_"), action="store_false", help=text)
 
 
-class _RenamedFlag(argparse.Action):
-    """An old spelling of a flag. It still works, and one line on standard error names the new spelling."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, *, new_name: str, const: Any = None, **options: Any):
-        """A flag with a `const` takes no value."""
-        self.new_name = new_name
-        super().__init__(
-            option_strings,
-            dest,
-            nargs=None if const is None else 0,
-            const=const,
-            default=argparse.SUPPRESS,
-            help=argparse.SUPPRESS,
-            **options,
-        )
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        print(f"{option_string} was renamed to {self.new_name}; the old name still works.", file=sys.stderr)
-        setattr(namespace, self.dest, values if self.const is None else self.const)
+def _bits(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 4 <= number <= 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 4 to 8")
+    return int(number) if number.is_integer() else number
 
 
 def _size(text: str) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: replace quantize/ on the path by the root of the tree
@@ -17,6 +16,7 @@ from rich.progress import MofNCompleteColumn
 
 from quantize.arguments import parse
 from quantize.gradients.backward_sweep import BackwardSweep, statistics_file
+from quantize.gradients.bit_allocation import ReadStatistics, describe_mix, mixed_quantization, storage_options
 from quantize.gradients.statistics import GradientStatistics
 from quantize.job.inputs import JobInputs, plan_from_config, read_inputs
 from quantize.job.options import QuantizeOptions
@@ -33,6 +33,7 @@ from quantize.sweep.blocks import quantize_blocks
 from quantize.sweep.checkpoint_writer import CheckpointWriter
 from quantize.sweep.hidden_states import SweepStates
 from runtime.checkpoints.checkpoint import open_checkpoint
+from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.checkpoints.source import must_download
 from runtime.common.command import run_command
 from runtime.common.errors import ConfigurationError
@@ -82,18 +83,21 @@ def run(options: QuantizeOptions, console: Console) -> int:
         if not job.finished:
             check_disk(inputs.plan, output)
             torch.set_num_threads(job.threads)
-            writer = CheckpointWriter(output, inputs.checkpoint, inputs.recipe.quantization())
-
-            # 4. Quantize the blocks, recalibrate the score head and score all rows.
             with device_context(torch.device(inputs.recipe.device)):
-                final_scores = quantize_and_score(job, inputs, writer, console)
+                # 4. Compute the gradients of the scores, and choose how the linears are stored.
+                gradients = read_gradients(job, inputs, console) if inputs.recipe.score_gradients else None
+                quantization = choose_quantization(inputs, gradients, console)
 
-            # 5. Compare the scores and write the other files of the checkpoint.
-            report = build_parity_report(inputs, final_scores, job.blocks, thresholds(options))
+                # 5. Quantize the blocks, recalibrate the score head and score all rows.
+                writer = CheckpointWriter(output, inputs.checkpoint, quantization)
+                final_scores = quantize_and_score(job, inputs, writer, gradients, console)
+
+            # 6. Compare the scores and write the other files of the checkpoint.
+            report = build_parity_report(inputs, quantization, final_scores, job.blocks, thresholds(options))
             write_remaining_files(job, inputs, writer, final_scores, report)
             job.finish()
 
-    # 6. Print the results.
+    # 7. Print the results.
     return print_results(output, time.perf_counter() - start, options, console)
 
 
@@ -111,10 +115,11 @@ def print_dry_run(options: QuantizeOptions, console: Console) -> int:
     return 0
 
 
-def quantize_and_score(job: Job, inputs: JobInputs, writer: CheckpointWriter, console: Console) -> FinalScores:
-    """Compute the gradients of the scores, quantize the remaining blocks and compute the final scores."""
+def quantize_and_score(
+    job: Job, inputs: JobInputs, writer: CheckpointWriter, gradients: ReadStatistics | None, console: Console
+) -> FinalScores:
+    """Quantize the remaining blocks and compute the final scores."""
     checkpoint, recipe, sample = inputs.checkpoint, inputs.recipe, inputs.sample
-    gradients = read_gradients(job, inputs, console) if recipe.score_gradients else None
     states = SweepStates(
         checkpoint.model_config,
         precision_of(recipe),
@@ -134,7 +139,18 @@ def quantize_and_score(job: Job, inputs: JobInputs, writer: CheckpointWriter, co
     return compute_final_scores(states, read_head(checkpoint), sample, recipe)
 
 
-def read_gradients(job: Job, inputs: JobInputs, console: Console) -> Callable[[int], GradientStatistics]:
+def choose_quantization(inputs: JobInputs, gradients: ReadStatistics | None, console: Console) -> QuantizationConfig:
+    """How the linears are stored: all alike, or by a budget of bits."""
+    recipe, model_config = inputs.recipe, inputs.checkpoint.model_config
+    if not recipe.mixed:
+        return recipe.quantization()
+    assert gradients is not None
+    quantization = mixed_quantization(recipe.quantization(), recipe.bits, model_config, gradients)
+    console.print(describe_mix(quantization, model_config))
+    return quantization
+
+
+def read_gradients(job: Job, inputs: JobInputs, console: Console) -> ReadStatistics:
     """Run what is left of the backward sweep; return a function that reads the statistics of a block."""
     checkpoint, recipe = inputs.checkpoint, inputs.recipe
     assert inputs.plan.gradients is not None
@@ -149,6 +165,8 @@ def read_gradients(job: Job, inputs: JobInputs, console: Console) -> Callable[[i
             directory=job.states_directory,
             finished_passes=job.gradient_passes,
             prefetch=inputs.plan.prefetch,
+            options=storage_options(recipe.quantization()) if recipe.mixed else (),
+            variant=inputs.variant,
         )
         with progress_line(console, "gradients", MofNCompleteColumn()) as progress:
             task = progress.add_task("", total=sweep.steps, completed=sweep.finished_steps)

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from quantize.gradients.differentiable import DifferentiableBlock
+from quantize.gradients.sensitivity import BlockSensitivity, tries_of_tokens
 from quantize.gradients.statistics import BlockGradients
 from quantize.job.gradient_plan import segments
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.model_config import block_prefix
+from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.conversations.rendering import RenderedConversation
 from runtime.execution.block_loading import check_finite_tensors, read_blocks
 from runtime.execution.hidden_states import HiddenStates
@@ -30,7 +32,7 @@ from runtime.execution.pipeline import check_finite_hidden_states
 from runtime.modeling.linear import Tensors
 from runtime.modeling.packed_batch import PackedBatch, pack_batches
 from runtime.modeling.precision import Precision
-from runtime.modeling.qwen2 import RotaryEmbedding, ScoreHead
+from runtime.modeling.qwen2 import Block, RotaryEmbedding, ScoreHead
 
 
 class BackwardSweep:
@@ -53,10 +55,14 @@ class BackwardSweep:
         directory: Path,
         finished_passes: int = 0,
         prefetch: bool = True,
+        options: Sequence[QuantizationConfig] = (),
+        variant: Checkpoint | None = None,
     ):
         """
         Args:
             directory: where inputs, gradients and statistics are kept.
+            options: ways to store the linears, whose errors are then measured as well.
+            variant: the model stored with the first option; None measures rounding to nearest.
             finished_passes: passes that a resumed job has finished.
 
         Raises:
@@ -65,6 +71,7 @@ class BackwardSweep:
         """
         self.checkpoint, self.head, self.precision, self.device = checkpoint, head, precision, device
         self.directory, self.finished_passes, self.prefetch = directory, finished_passes, prefetch
+        self._options, self._variant = options, variant
         model_config = checkpoint.model_config
         self.batches = [batch.to(device) for batch in pack_batches(rows, token_budget)]
         self._tokens = sum(batch.tokens for batch in self.batches)
@@ -149,12 +156,15 @@ class BackwardSweep:
             self._fill_inside(segment, lambda: None)
         for index, tensors in read_blocks(self.checkpoint, blocks[::-1], prefetch=self.prefetch):
             block = self._block(index, tensors)
-            statistics = BlockGradients(self.checkpoint.model_config, self._tokens, self.device)
+            sensitivity = self._sensitivity(block, index)
+            statistics = BlockGradients(self.checkpoint.model_config, self._tokens, self.device, sensitivity)
             for number, batch in enumerate(self.batches):
                 gradient = self._gradient.read(number, next_buffer=index != blocks[-1])
                 hidden = self._input(segment, index, number)
-                add = partial(statistics.add, self._gradient.rows(number))
+                add = partial(statistics.add, self._gradient.rows(number), tries_of_tokens(batch))
                 self._gradient.write(number, block.gradient(hidden, batch, gradient, add))
+                if sensitivity:
+                    sensitivity.finish_batch()
             statistics.check_finite(index)
             statistics.save(statistics_file(self.directory, index))
             on_block()
@@ -180,6 +190,16 @@ class BackwardSweep:
         block = DifferentiableBlock.from_tensors(self.checkpoint.model_config, on_device, self._rotary, self.precision)
         assert isinstance(block, DifferentiableBlock)
         return block
+
+    def _sensitivity(self, block: Block, index: int) -> BlockSensitivity | None:
+        if not self._options:
+            return None
+        variant = None
+        if self._variant:
+            stored = {name: tensor.to(self.device) for name, tensor in self._variant.read_block(index).items()}
+            quantizations = self._variant.block_quantization(index)
+            variant = Block.from_tensors(block.model_config, stored, self._rotary, self.precision, quantizations)
+        return BlockSensitivity(block, self._options, self.precision.matmul_dtype, variant)
 
     def _input(self, segment: int, index: int, batch: int) -> torch.Tensor:
         """The input of block `index`, [T, H] in the residual dtype."""

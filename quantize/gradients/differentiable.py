@@ -14,8 +14,8 @@ from runtime.modeling.linear import Linear
 from runtime.modeling.packed_batch import PackedBatch
 from runtime.modeling.qwen2 import GATE_UP, QKV, Block
 
-GradientCallback = Callable[[str, torch.Tensor], None]
-"""Called with a linear's name and the gradient of its output, [T, N] in the matmul dtype."""
+GradientCallback = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""Called with a linear's name, the gradient [T, N] of its output and its input [T, K], both in the matmul dtype."""
 
 
 class DifferentiableBlock(Block):
@@ -52,9 +52,9 @@ class DifferentiableBlock(Block):
 
 
 class _Recorder:
-    """A linear whose backward pass passes the gradient of its output to `record`."""
+    """A linear whose backward pass passes the gradient of its output, and its input, to `record`."""
 
-    def __init__(self, linear: Linear, record: Callable[[torch.Tensor], None]) -> None:
+    def __init__(self, linear: Linear, record: Callable[[torch.Tensor, torch.Tensor], None]) -> None:
         self.linear, self.record = linear, record
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,11 +65,14 @@ class _RecordedProduct(torch.autograd.Function):
     """y = x W^T + b. No weight is saved: a cast one is in the thread's workspace, which the next linear overwrites."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, linear: Linear, record: Callable[[torch.Tensor], None]) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, linear: Linear, record: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> torch.Tensor:
         ctx.linear, ctx.record = linear, record
+        ctx.save_for_backward(x)
         return linear(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        ctx.record(gradient)
+        ctx.record(gradient, *ctx.saved_tensors)
         return gradient @ ctx.linear.weight(gradient.dtype), None, None

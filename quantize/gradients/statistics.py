@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantize.gradients.sensitivity import BlockSensitivity
 from quantize.solver.output_moment import OutputMoment
 from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS
@@ -19,14 +20,31 @@ from runtime.modeling.linear import Tensors
 class BlockGradients:
     """Accumulates the statistics of one block over the calibration batches."""
 
-    def __init__(self, model_config: ModelConfig, tokens: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        tokens: int,
+        device: torch.device | str,
+        sensitivity: BlockSensitivity | None = None,
+    ) -> None:
+        """
+        Args:
+            sensitivity: of the block, if bits are to be chosen by it.
+        """
+        self._sensitivity = sensitivity
         self._squares = torch.zeros(len(BLOCK_LINEAR_GROUPS), tokens, device=device)
         self._moments = {name: OutputMoment(model_config.linear_shape(name)[0], device) for name in BLOCK_LINEARS}
 
-    def add(self, tokens: slice, linear: str, gradients: torch.Tensor) -> None:
-        """Add the gradients [T, N] of one linear's output at a batch's `tokens`."""
+    def add(self, tokens: slice, tries: torch.Tensor, linear: str, gradients: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the gradients [T, N] of one linear's output at a batch's `tokens`, where its input was x [T, K].
+
+        Args:
+            tries: as `tries_of_tokens`.
+        """
         group = next(index for index, names in enumerate(BLOCK_LINEAR_GROUPS) if linear in names)
         self._squares[group, tokens] += self._moments[linear].add(gradients)
+        if self._sensitivity:
+            self._sensitivity.add(linear, gradients, x, tries)
 
     def check_finite(self, index: int) -> None:
         """Raise NonFiniteError naming block `index` if a gradient was NaN or infinite."""
@@ -44,6 +62,8 @@ class BlockGradients:
         for name, moment in self._moments.items():
             vectors, diagonal = moment.low_rank()
             tensors |= {f"{name}.vectors": vectors.cpu(), f"{name}.diagonal": diagonal.cpu()}
+        if self._sensitivity:
+            tensors["errors"] = self._sensitivity.errors()
         with atomic_file(path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
@@ -58,6 +78,11 @@ class GradientStatistics:
 
     def __init__(self, path: Path, device: torch.device | str) -> None:
         self.tensors: Tensors = load_file(path, device=str(device))
+
+    @property
+    def errors(self) -> torch.Tensor:
+        """As `BlockSensitivity.errors`; only if it was measured."""
+        return self.tensors["errors"]
 
     def token_weights(self, group: Sequence[str], in_features: int) -> torch.Tensor:
         """Weights [T] of all calibration tokens, in the order of the batches, for the Hessian of `group`."""

@@ -13,6 +13,7 @@ KEEP_ALL_INPUTS_BYTES = 8 << 30  # inputs of all blocks are kept, and none is co
 # Bytes that autograd keeps per token of a batch, in units of an fp32 value. Gate, up, silu(gate), their product and its
 # parts; q, k, v, context, both norms and the residual stream; attention scores, their exponentials and probabilities.
 INNER_VALUES, HIDDEN_VALUES, ATTENTION_VALUES = 7, 16, 4
+ROUNDING_BYTES_PER_WEIGHT = 24  # fp32 weight, scales, zeros, codes and two temporaries of one linear
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,15 @@ class GradientPlan:
         tokens: calibration tokens.
         longest_batch: tokens of the longest batch.
         matmul_bytes: bytes per element of matmul inputs, 2 or 4.
+        mixed: whether the error of rounding each linear is measured too, which takes the rounding errors of one block
+            and one more product per linear.
     """
 
     model_config: ModelConfig
     tokens: int
     longest_batch: int
     matmul_bytes: int
+    mixed: bool = False
 
     @property
     def segments(self) -> list[range]:
@@ -64,16 +68,17 @@ class GradientPlan:
         config, longest = self.model_config, self.longest_batch
         values = INNER_VALUES * config.intermediate_size + HIDDEN_VALUES * config.hidden_size
         attention = ATTENTION_VALUES * config.num_attention_heads * longest  # if the batch is one conversation
-        largest = max(math.prod(config.linear_shape(name)) for name in BLOCK_LINEARS)
+        sizes = [math.prod(config.linear_shape(name)) for name in BLOCK_LINEARS]
+        rounding = sum(sizes) * self.matmul_bytes + max(sizes) * ROUNDING_BYTES_PER_WEIGHT if self.mixed else 0
         moments = sum(2 * 4 * width * min(width, RANK + OVERSAMPLING) for width in self._outputs)
-        return 4 * longest * (values + attention) + moments + largest * self.matmul_bytes
+        return 4 * longest * (values + attention) + moments + rounding + max(sizes) * self.matmul_bytes
 
     @property
     def flops(self) -> float:
         """Floating-point operations per block: forward, forward again, backward by the inputs, and the moments."""
         weights = sum(math.prod(self.model_config.linear_shape(name)) for name in BLOCK_LINEARS)
         moments = sum(4.0 * width * (RANK + OVERSAMPLING) for width in self._outputs)
-        return self.tokens * (2.0 * weights * (self.passes + 1) + moments)
+        return self.tokens * (2.0 * weights * (self.passes + 1 + self.mixed) + moments)
 
     @property
     def _outputs(self) -> list[int]:

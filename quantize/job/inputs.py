@@ -32,10 +32,12 @@ class JobInputs:
     """The validated inputs of a quantization.
 
     Attributes:
+        variant: whose errors tell which linears get more bits, or None.
         notes: fallbacks, for the report.
     """
 
     checkpoint: Checkpoint
+    variant: Checkpoint | None
     rows: LoadedRows
     sample: Sample
     recipe: Recipe
@@ -60,11 +62,12 @@ def read_inputs(options: QuantizeOptions) -> JobInputs:
     model_config = checkpoint.model_config
     renderer = Renderer.from_directory(checkpoint.directory, model_config.max_position_embeddings)
     selected = _sample(rows, renderer, options, model_config)
-    recipe, notes = _make_recipe(options, model_config, checkpoint.fingerprint(), selected.fingerprint())
+    variant = _open_variant(options.errors_of, checkpoint)
+    recipe, notes = _make_recipe(options, model_config, checkpoint.fingerprint(), selected.fingerprint(), variant)
     plan = _make_plan(model_config, recipe, _count_tokens(selected, recipe.token_budget))
     if note := tokenizer_note(checkpoint.directory, selected.calibration):
         notes.append(note)
-    return JobInputs(checkpoint, rows, selected, recipe, fit_memory(plan, options.ram_budget), notes)
+    return JobInputs(checkpoint, variant, rows, selected, recipe, fit_memory(plan, options.ram_budget), notes)
 
 
 def plan_from_config(options: QuantizeOptions) -> QuantizationPlan:
@@ -79,6 +82,15 @@ def plan_from_config(options: QuantizeOptions) -> QuantizationPlan:
     selected = _sample(load_rows(options.calibration), estimator, options, model_config)
     token_counts = replace(_count_tokens(selected, recipe.token_budget), estimated=True)
     return _make_plan(model_config, recipe, token_counts)
+
+
+def _open_variant(source: str | None, checkpoint: Checkpoint) -> Checkpoint | None:
+    if source is None:
+        return None
+    variant = open_checkpoint(source)
+    if variant.quantization is None or variant.model_config != checkpoint.model_config:
+        raise ConfigurationError(f"--errors-of: {variant.directory} is no quantized variant of {checkpoint.name}.")
+    return variant
 
 
 def _sample(
@@ -111,6 +123,7 @@ def _make_plan(model_config: ModelConfig, recipe: Recipe, token_counts: TokenCou
     return QuantizationPlan(
         model_config=model_config,
         quantization=recipe.quantization(),
+        bits=recipe.bits,
         token_counts=token_counts,
         calibrated=recipe.calibrated,
         correction=recipe.calibrated and recipe.correction,
@@ -118,12 +131,16 @@ def _make_plan(model_config: ModelConfig, recipe: Recipe, token_counts: TokenCou
         matmul_bytes=matmul_bytes,
         prefetch=True,
         device=recipe.device,
-        gradients=GradientPlan(model_config, *counted) if recipe.score_gradients else None,
+        gradients=GradientPlan(model_config, *counted, mixed=recipe.mixed) if recipe.score_gradients else None,
     )
 
 
 def _make_recipe(
-    options: QuantizeOptions, model_config: ModelConfig, model: str, conversations: str
+    options: QuantizeOptions,
+    model_config: ModelConfig,
+    model: str,
+    conversations: str,
+    variant: Checkpoint | None = None,
 ) -> tuple[Recipe, list[str]]:
     """Make the recipe and the notes on its fallbacks; `model` and `conversations` are fingerprints."""
     device = _device(options.device, must_exist=not options.dry_run)
@@ -140,6 +157,7 @@ def _make_recipe(
         method=options.method,
         calibrated=calibrated,
         bits=options.bits,
+        errors_of=variant.fingerprint() if variant else "",
         group_size=group_size if stored_as_gptq else -1,
         sym=options.sym,
         desc_act=options.desc_act,

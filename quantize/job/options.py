@@ -20,6 +20,7 @@ class QuantizeOptions:
 
     Attributes:
         model: directory, hub id or `demo`; None if --model was not given.
+        errors_of: 4-bit variant of the model, a directory or hub id, whose errors tell which linears get more bits.
         output: directory of the packed checkpoint; None for the default.
         calibration: file or hub dataset of preference pairs; None for the bundled pairs.
         rows: number of calibration conversations; None for as many as give `TOKENS_PER_INPUT` tokens for each input of
@@ -33,11 +34,13 @@ class QuantizeOptions:
         min_agreement, max_shift: thresholds of the parity report; None for no threshold.
 
     Raises:
-        ConfigurationError: `rows` or `parity_pairs` is negative, or there are too few of them.
+        ConfigurationError: `rows` or `parity_pairs` is negative, or there are too few of them; or `errors_of` was given
+            with 4 or 8 bits.
     """
 
     model: str | None
-    bits: int
+    bits: float
+    errors_of: str | None
     method: str
     output: Path | None
     resume: bool
@@ -71,6 +74,8 @@ class QuantizeOptions:
         for flag, count in (("--rows", self.rows), ("--parity-pairs", self.parity_pairs)):
             if count is not None and count < 0:
                 raise ConfigurationError(f"{flag} is {count}; it must be at least 0.")
+        if self.errors_of and self.bits in (4, 8):
+            raise ConfigurationError(f"--errors-of tells where more bits go, but --bits is {self.bits}; try 4.5.")
         if self.rows == 0 and self.method == "gptq":
             raise ConfigurationError("--rows is 0, but gptq needs calibration rows; raise --rows or use --method nf4.")
         if self.rows == 0 and self.parity_pairs == 0:
@@ -94,4 +99,4 @@ class QuantizeOptions:
         if self.output is not None:
             return self.output
         name = f"{Path(self.source).name.lower()}-{self.method}"
-        return Path("output") / (name if self.method in FIXED_BITS else f"{name}-{self.bits}bit")
+        return Path("output") / (name if self.method in FIXED_BITS else f"{name}-{self.bits:g}bit")

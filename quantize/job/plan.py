@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -49,7 +49,8 @@ class QuantizationPlan:
     """Costs of one quantization, in bytes and floating-point operations.
 
     Attributes:
-        quantization: the stored format.
+        quantization: the stored format, of most linears if bits are mixed.
+        bits: bits per weight without scales; above `quantization.bits` if bits are mixed.
         calibrated: whether Hessians are accumulated (gptq) or not (nf4, int8, rtn).
         correction: whether target weights are corrected (see solver/correction.py).
         descent_passes: coordinate descent passes after the solve.
@@ -61,6 +62,7 @@ class QuantizationPlan:
 
     model_config: ModelConfig
     quantization: QuantizationConfig
+    bits: float
     token_counts: TokenCounts
     calibrated: bool
     correction: bool
@@ -86,7 +88,7 @@ class QuantizationPlan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight of the block linears, including scales and zeros."""
-        return self.quantization.bits_per_weight(self.model_config)
+        return self.quantization.bits_per_weight(self.model_config) + self.bits - self.quantization.bits
 
     @property
     def outer_bytes(self) -> int:
@@ -108,7 +110,8 @@ class QuantizationPlan:
     def disk_written(self) -> int:
         """Bytes of the packed checkpoint."""
         norms_and_biases = self.block_bytes - self.block_weights * self.model_config.dtype.itemsize
-        return (self._packed_block + norms_and_biases) * self.model_config.num_hidden_layers + self.outer_bytes
+        packed = int(self.bits_per_weight * self.block_weights / 8)
+        return (packed + norms_and_biases) * self.model_config.num_hidden_layers + self.outer_bytes
 
     @property
     def hidden_state_bytes(self) -> int:
@@ -197,8 +200,9 @@ class QuantizationPlan:
 
     @property
     def _packed_block(self) -> int:
-        """Bytes of the packed linears of one block."""
-        return sum(self.quantization.linear_bytes(*self.model_config.linear_shape(name)) for name in BLOCK_LINEARS)
+        """Bytes of the packed linears of the largest block: of 8 bits if bits are mixed."""
+        mixed = self.bits != self.quantization.bits
+        return (replace(self.quantization, bits=8) if mixed else self.quantization).block_bytes(self.model_config, 0)
 
     @property
     def _activation_bytes(self) -> int:

@@ -39,7 +39,7 @@ def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[st
             f"{model}: {model_config.num_hidden_layers} blocks, hidden {model_config.hidden_size}, "
             f"{plan.block_weights * model_config.num_hidden_layers / 1e9:.2f} G weights in blocks",
         ),
-        ("method", f"{quantization.method}, {quantization.bits} bits{group}, {plan.bits_per_weight:.2f} bits a weight"),
+        ("method", f"{quantization.method}, {plan.bits:g} bits{group}, {plan.bits_per_weight:.2f} bits a weight"),
         (
             "tokens",
             f"{about}{token_counts.calibration_tokens:,} for calibration"

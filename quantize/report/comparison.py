@@ -6,24 +6,30 @@ from typing import Any
 
 from quantize.job.inputs import JobInputs
 from quantize.report.scores import FinalScores, parity_pairs
+from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.evaluation.comparison import measure_parity
 from runtime.evaluation.reference_scores import ReferenceScores, describe_precision
 from runtime.evaluation.report import BlockError, ParityReport, Subject, Thresholds
 
 
 def build_parity_report(
-    inputs: JobInputs, final_scores: FinalScores, blocks: list[dict[str, Any]], thresholds: Thresholds
+    inputs: JobInputs,
+    quantization: QuantizationConfig,
+    final_scores: FinalScores,
+    blocks: list[dict[str, Any]],
+    thresholds: Thresholds,
 ) -> ParityReport | None:
     """Compare the quantized scores of the parity pairs with the reference scores; None if there are no pairs.
 
     Args:
+        quantization: of the packed checkpoint.
         blocks: metrics of all blocks, from the job's log.
     """
     if not inputs.sample.parity:
         return None
     return measure_parity(
         parity_pairs(final_scores, inputs.sample),
-        _subject(inputs),
+        _subject(inputs, quantization),
         block_errors=[_block_error(block) for block in blocks],
         repair=final_scores.recalibration.summary() if final_scores.recalibration else None,
         notes=[*inputs.notes, *inputs.sample.notes, *_solver_notes(blocks)],
@@ -42,11 +48,11 @@ def reference_scores(inputs: JobInputs, final_scores: FinalScores) -> ReferenceS
     )
 
 
-def _subject(inputs: JobInputs) -> Subject:
+def _subject(inputs: JobInputs, quantization: QuantizationConfig) -> Subject:
     return Subject.from_configs(
         inputs.checkpoint.name,
         inputs.checkpoint.model_config,
-        inputs.plan.quantization,
+        quantization,
         method=inputs.recipe.method,
         reference_dtype=describe_precision(inputs.checkpoint, inputs.recipe.dtype),
         settings=inputs.recipe.choices(),

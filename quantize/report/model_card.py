@@ -53,7 +53,7 @@ def render_card(recipe: Recipe, model: str, description: str, report: ParityRepo
 
 def describe_variant(report: ParityReport | None, recipe: Recipe) -> str:
     """Short description, such as `GPTQ, 4 bits in groups of 128, 4.25 bits per weight`."""
-    return describe_quantization(report.subject) if report else f"{recipe.method.upper()}, {recipe.bits} bits"
+    return describe_quantization(report.subject) if report else f"{recipe.method.upper()}, {recipe.bits:g} bits"
 
 
 def _parity(report: ParityReport) -> str:

@@ -18,7 +18,7 @@ from quantize.solver.hessian import Hessian
 from quantize.sweep.hidden_states import SweepStates
 from quantize.sweep.linear_quantizer import BlockQuantizer, PackedBlock, ProgressCallback
 from runtime.checkpoints.model_config import BLOCK_LINEARS
-from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS
+from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS, QuantizationConfig
 from runtime.execution.hidden_states import HiddenStates
 from runtime.execution.pipeline import check_finite_hidden_states
 from runtime.modeling.qwen2 import Block
@@ -87,6 +87,7 @@ def quantize_block(
     states: SweepStates,
     index: int,
     recipe: Recipe,
+    quantizations: Mapping[str, QuantizationConfig],
     on_linear: ProgressCallback,
     gradients: GradientStatistics | None = None,
 ) -> PackedBlock:
@@ -99,13 +100,14 @@ def quantize_block(
         block, original: two unquantized blocks over the same tensors; only `block` is changed.
         states: hidden states before the block.
         index: the block's number, for messages.
+        quantizations: how each linear is stored, by name.
         gradients: of the scores, by the block's linears.
 
     Raises:
         NonFiniteError: an activation or a weight is not finite.
         UnresumableJobError: a Hessian cannot be factorised.
     """
-    quantizer = BlockQuantizer(block, recipe, index, states.quantized.device, on_linear, gradients)
+    quantizer = BlockQuantizer(block, recipe, quantizations, index, states.quantized.device, on_linear, gradients)
     # The unquantized block runs first, so that an error names the checkpoint's weights and not the packed ones.
     if not recipe.calibrated:
         states.reference.advance(original, index)

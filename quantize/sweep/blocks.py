@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from quantize.sweep.checkpoint_writer import CheckpointWriter
 from quantize.sweep.hidden_states import SweepStates
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.model_config import block_prefix
+from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.common.process_memory import peak_memory
 from runtime.execution.block_loading import check_finite_tensors, read_blocks
 from runtime.modeling.linear import Tensors
@@ -36,6 +37,7 @@ def quantize_blocks(
     """Quantize every block that the job has not finished, and write one shard per block.
 
     Args:
+        writer: writes the shards; its `quantization` is how the linears are stored.
         states: hidden states before the first unfinished block; not yet filled if no block is finished.
         prefetch: read the next block while the current one is quantized.
         gradients: reads the gradient statistics of a block.
@@ -57,7 +59,10 @@ def quantize_blocks(
         check_finite_tensors(tensors, prefix)
         block = {name: tensor.to(states.device) for name, tensor in tensors.items()}
         tensors.clear()
-        packed = _quantize_and_advance(states, block, index, recipe, progress, gradients and gradients(index))
+        quantizations = writer.quantization.of_block(index)
+        packed = _quantize_and_advance(
+            states, block, index, recipe, quantizations, progress, gradients and gradients(index)
+        )
         written = writer.write_shard(index + 1, {prefix + name: each.cpu() for name, each in packed.tensors.items()})
         states.sync()
         job.finish_block(*written, _block_metrics(states, packed, index, time.perf_counter() - start))
@@ -71,12 +76,20 @@ def _quantize_and_advance(
     tensors: Tensors,
     index: int,
     recipe: Recipe,
+    quantizations: Mapping[str, QuantizationConfig],
     progress: BlockProgress,
     gradients: GradientStatistics | None,
 ) -> PackedBlock:
     """Quantize the block and compute its output in all three sets of hidden states."""
     packed = quantize_block(
-        states.block(tensors), states.block(tensors), states, index, recipe, progress.linear_started, gradients
+        states.block(tensors),
+        states.block(tensors),
+        states,
+        index,
+        recipe,
+        quantizations,
+        progress.linear_started,
+        gradients,
     )
     start = time.perf_counter()
     states.advance_noise_floor(tensors, index)

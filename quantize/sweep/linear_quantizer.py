@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -20,8 +20,10 @@ from quantize.solver.gptq import solve
 from quantize.solver.hessian import Hessian
 from quantize.solver.nf4_grid import pack_nf4
 from quantize.solver.output_factor import OutputFactor
+from quantize.solver.settings import GPTQSettings
 from quantize.solver.solved_linear import SolvedLinear
 from runtime.checkpoints.model_config import BLOCK_LINEARS, BLOCK_NORMS
+from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.common.process_memory import release_freed_memory
 from runtime.kernels.reference import pack_gptq
 from runtime.kernels.workspace import Workspace
@@ -85,6 +87,7 @@ class BlockQuantizer:
         self,
         block: Block,
         recipe: Recipe,
+        quantizations: Mapping[str, QuantizationConfig],
         index: int,
         device: torch.device | str,
         on_linear: ProgressCallback,
@@ -92,13 +95,14 @@ class BlockQuantizer:
     ):
         """
         Args:
+            quantizations: how each linear is stored, by name.
             index: the block's number, for messages.
             device: where activations and Hessians are.
             gradients: of the scores; None weights all outputs of a linear equally.
         """
         self.gradients = gradients
         self.block, self.recipe, self.index, self.device, self.on_linear = block, recipe, index, device, on_linear
-        self.quantization = recipe.quantization()
+        self.quantizations = quantizations
         self.seconds = dict.fromkeys(("inputs", "hessian", "factorise", "solve", "refine", "pack"), 0.0)
         self._tensors: Tensors = {name: block.norms[name] for name in BLOCK_NORMS}
         self._linears: dict[str, LinearMetrics] = {}
@@ -122,7 +126,7 @@ class BlockQuantizer:
             NonFiniteError: a calibration input or a weight is not finite.
             UnresumableJobError: the Hessian cannot be factorised.
         """
-        factor = self._factorise(hessian, self._label(group))
+        factor = self._factorise(hessian, group)
         targets = []
         for name in group:
             linear = self.block.linears[name]
@@ -138,9 +142,9 @@ class BlockQuantizer:
         self.on_linear(name, self._loss)
         with self._timed("solve", name):
             weight = self.block.linears[name].weight(self.block.model_config.dtype)
-            packed = self._round(weight)
+            packed = self._round(weight, name)
             before = weight.float()
-            after = make_linear(packed, self.quantization, self.block.model_config.linear_shape(name))
+            after = make_linear(packed, self.quantizations[name], self.block.model_config.linear_shape(name))
             error = after.weight(torch.float32).sub_(before)
             loss, power = (float(torch.linalg.vector_norm(each)) ** 2 / each.numel() for each in (error, before))
             relative = loss / power if power else 0.0
@@ -153,14 +157,17 @@ class BlockQuantizer:
     def _label(self, group: Sequence[str]) -> str:
         return f"block {self.index}, {', '.join(group)}"
 
-    def _factorise(self, hessian: Hessian, label: str) -> CholeskyFactor:
+    def _settings(self, linear: str) -> GPTQSettings:
+        return self.recipe.settings(self.quantizations[linear])
+
+    def _factorise(self, hessian: Hessian, group: Sequence[str]) -> CholeskyFactor:
         """Factorise the Hessian and free it. Freed memory is released first, because this is the peak."""
         start = time.perf_counter()
         Workspace.of(torch.device(self.device)).clear()
         release_freed_memory()
         matrix = hessian.matrix()
         hessian.free()
-        factor = factorise(matrix, self.recipe.settings(), label)
+        factor = factorise(matrix, self._settings(group[0]), self._label(group))
         del matrix
         self.seconds["factorise"] += time.perf_counter() - start
         return factor
@@ -169,7 +176,7 @@ class BlockQuantizer:
         self, group: Sequence[str], targets: Sequence[torch.Tensor], factor: CholeskyFactor
     ) -> list[SolvedLinear]:
         """Solve all linears, then run coordinate descent: its Hessian overwrites the factor."""
-        settings, solved = self.recipe.settings(), []
+        settings, solved = self._settings(group[0]), []
         for name, target in zip(group, targets, strict=True):
             self.on_linear(name, self._loss)
             with self._timed("solve", name):
@@ -192,7 +199,7 @@ class BlockQuantizer:
         for name, each in zip(group, solved, strict=True):
             with self._timed("pack", name):
                 if each.quant_state is None:
-                    packed = pack_gptq(each.codes, each.zeros, each.scales, each.g_idx, self.recipe.bits)
+                    packed = pack_gptq(each.codes, each.zeros, each.scales, each.g_idx, self.quantizations[name].bits)
                 else:
                     packed = pack_nf4(each.codes, each.quant_state, self.block.model_config.dtype)
             metrics = LinearMetrics(
@@ -205,19 +212,19 @@ class BlockQuantizer:
             )
             self._replace(name, packed, metrics)
 
-    def _round(self, weight: torch.Tensor) -> Tensors:
+    def _round(self, weight: torch.Tensor, name: str) -> Tensors:
         if self.recipe.method == "nf4":
             return quantize_nf4(weight)
         if self.recipe.method == "int8":
             return quantize_int8(weight)
-        solved = round_to_nearest(weight.float(), self.recipe.settings())
-        return pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, self.recipe.bits)
+        solved = round_to_nearest(weight.float(), self._settings(name))
+        return pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, self.quantizations[name].bits)
 
     def _replace(self, name: str, packed: Tensors, metrics: LinearMetrics) -> None:
         """Put the packed linear into the block and record its tensors and metrics."""
         bias = {} if (stored := self.block.linears[name].bias) is None else {"bias": stored}
         shape = self.block.model_config.linear_shape(name)
-        self.block.linears[name] = make_linear(packed | bias, self.quantization, shape)
+        self.block.linears[name] = make_linear(packed | bias, self.quantizations[name], shape)
         self._tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in (packed | bias).items()}
         self._linears[name] = replace(metrics, seconds=self._linear_seconds[name])
         self._loss = metrics.relative_loss

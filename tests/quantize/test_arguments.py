@@ -98,20 +98,6 @@ def test_outputs_are_named_after_model_and_method(model: str, method: str, bits:
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        (["--no-repair"], ["--no-recalibration"]),
-        (["--refine-passes", "7"], ["--descent-passes", "7"]),
-        (["--refine-passes=0"], ["--descent-passes", "0"]),
-    ],
-)
-def test_renamed_flags_still_work_and_name_the_new_flag(old: list[str], new: list[str], capsys):
-    assert parse(old) == parse(new) != parse([])
-    flag = old[0].partition("=")[0]
-    assert capsys.readouterr().err == f"{flag} was renamed to {new[0]}; the old name still works.\n"
-
-
-@pytest.mark.parametrize(
     ("flag", "field"),
     [
         ("--asymmetric", "sym"),

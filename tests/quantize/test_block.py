@@ -56,7 +56,8 @@ def block_tensors() -> Tensors:
 
 def quantize(states: SweepStates, recipe=GPTQ, on_linear=lambda *_: None) -> PackedBlock:
     tensors = block_tensors()
-    return quantize_block(states.block(tensors), states.block(tensors), states, 0, recipe, on_linear)
+    quantizations = recipe.quantization().of_block(0)
+    return quantize_block(states.block(tensors), states.block(tensors), states, 0, recipe, quantizations, on_linear)
 
 
 METHODS = {
@@ -287,7 +288,9 @@ def test_nothing_lost_has_no_ratio():
     for name in BLOCK_LINEARS:
         tensors[f"{name}.weight"] = torch.zeros_like(tensors[f"{name}.weight"])
     block, original = states.block(tensors), states.block(tensors)
-    packed = quantize_block(block, original, states, 0, METHODS["int8"], print)
+    packed = quantize_block(
+        block, original, states, 0, METHODS["int8"], METHODS["int8"].quantization().of_block(0), print
+    )
     assert {(each.relative_loss, each.sqnr_db) for each in packed.linears.values()} == {(0.0, None)}
 
 
@@ -331,4 +334,4 @@ def test_an_activation_that_is_no_number_is_named_by_block_and_row(monkeypatch, 
 
     monkeypatch.setattr(Block, "after_mlp", after_mlp)
     with pytest.raises(NonFiniteError, match=rf"block 0, {of}: a non-finite activation in conversation {row};"):
-        quantize_block(block, original, states, 0, GPTQ, print)
+        quantize_block(block, original, states, 0, GPTQ, GPTQ.quantization().of_block(0), print)

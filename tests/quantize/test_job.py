@@ -16,8 +16,8 @@ from quantize.job.state import Job, check_output_directory
 from runtime.common.errors import ConfigurationError, JobError, NonFiniteError, UnresumableJobError
 
 RECIPE = Recipe(
-    model="a" * 64, conversations="b" * 64, method="gptq", calibrated=True, bits=4, group_size=128, sym=True,
-    desc_act=False, damp_percent=0.01,
+    model="a" * 64, conversations="b" * 64, method="gptq", calibrated=True, bits=4, errors_of="", group_size=128,
+    sym=True, desc_act=False, damp_percent=0.01,
     static_groups=True, activation_order=True, importance_scales=True, refine_passes=3,
     score_gradients=False, scored_share=1 / 32, correction=True, token_budget=2048, dtype="float32", device="cpu",
     repair=True,

@@ -33,9 +33,16 @@ LOAD = TokenCounts(calibration_tokens=16_384, parity_tokens=32_768, longest_batc
 
 def plan_of(model_config: ModelConfig = LARGE, quantization: QuantizationConfig = GPTQ, **more) -> QuantizationPlan:
     calibrated = quantization.method == "gptq"
-    fields = {"token_counts": LOAD, "calibrated": calibrated, "correction": calibrated, "descent_passes": 3,
-              "matmul_bytes": 4, "prefetch": True,
-              "device": "cpu"}  # fmt: skip
+    fields = {
+        "bits": quantization.bits,
+        "token_counts": LOAD,
+        "calibrated": calibrated,
+        "correction": calibrated,
+        "descent_passes": 3,
+        "matmul_bytes": 4,
+        "prefetch": True,
+        "device": "cpu",
+    }
     return QuantizationPlan(model_config, quantization, **fields | more)
 
 

@@ -163,7 +163,10 @@ def test_finished_blocks_are_not_read_again(place, tmp_path, monkeypatch):
     assert read == [(True, 3), (True, 4), (True, 5)]
 
 
-@pytest.mark.parametrize("more", [("--parity-pairs", "0"), ("--method", "nf4"), ("--method", "int8", "--rows", "0")])
+OTHERS = [("--parity-pairs", "0"), ("--bits", "4.5"), ("--method", "nf4"), ("--method", "int8", "--rows", "0")]
+
+
+@pytest.mark.parametrize("more", OTHERS)
 def test_other_jobs_resume_too(place, tmp_path, more):
     """Without parity pairs there is no noise floor, without rows nothing to calibrate on."""
     assert run(place, tmp_path / "whole", *more) == 0

@@ -26,6 +26,7 @@ SHAPES_72B = Path(__file__).parents[1] / "shapes_72b.json"
 VARIANTS = {
     "gptq-4": ("--bits", "4"),
     "gptq-8": ("--bits", "8"),
+    "gptq-4.5": ("--bits", "4.5"),
     "gptq-4-asymmetric": ("--asymmetric", "--group-size", "64"),
     "gptq-4-desc-act": ("--desc-act", "--group-size", "32"),
     "rtn": ("--method", "rtn"),
@@ -128,6 +129,24 @@ def test_eight_bits_keep_more_than_four(place, rich, poor):
             assert more["linears"][name]["sqnr_db"] > less["linears"][name]["sqnr_db"] + 15
     shifts = [read_report(output / "parity.json").figures.mean_shift.value for output in (eight, four)]
     assert shifts[0] < 0.3 * shifts[1]
+
+
+def test_a_mix_is_stored_by_rules_and_guided_by_a_variant(place, tmp_path, capfd):
+    output, model_config = variant(place, "gptq-4.5"), open_checkpoint(place / "model").model_config
+    quantization = open_checkpoint(output).quantization
+    assert quantization is not None and 4.3 < quantization.nominal_bits(model_config) <= 4.5
+    options = {(each.bits, each.group_size) for index in range(3) for each in quantization.of_block(index).values()}
+    assert options <= {(4, 128), (4, 32), (8, 128)} and len(options) > 1
+    subject = read_report(output / "parity.json").subject
+    assert subject.bits == quantization.nominal_bits(model_config) and subject.settings["bits"] == 4.5
+
+    four, guided = variant(place, "gptq-4"), tmp_path / "guided"
+    arguments = ("--bits", "4.5", "--errors-of", str(four))
+    assert quantize(place / "model", place / "pairs.jsonl", guided, *arguments) == 0
+    assert "weights with 4 bits in groups of" in capfd.readouterr().err
+    assert open_checkpoint(guided).quantization != quantization
+    assert quantize(place / "model", place / "pairs.jsonl", guided, "--bits", "4.5", "--resume") == 2
+    assert "the variant differs (--errors-of)" in capfd.readouterr().err
 
 
 def test_the_asymmetric_and_the_permuted_checkpoint_say_so(place):
@@ -344,6 +363,9 @@ def test_what_is_quantized_already_is_refused(finished, place, tmp_path, capfd):
         (["--damp-percent", "5"], "--damp-percent is 5.0; it must be between 0 and 1"),
         (["--scored-share", "1.5"], "--scored-share is 1.5; it must be at least 0 and below 1"),
         (["--group-size", "0"], "--group-size is 0; it must be positive"),
+        (["--bits", "4.5", "--no-score-gradients"], "--bits is 4.5, which gives more bits to the linears that move"),
+        (["--bits", "5", "--method", "rtn"], "Choose --bits 4 or 8"),
+        (["--errors-of", "."], "--errors-of tells where more bits go, but --bits is 4; try 4.5"),
         (["--no-static-groups"], "drop --no-static-groups, or add --desc-act"),
         (["--rows", "0"], "--rows is 0, but gptq needs calibration rows"),
         (["--method", "nf4", "--rows", "0", "--parity-pairs", "0"], "both 0"),
