@@ -14,8 +14,7 @@ from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS, Quantiz
 FP32_STAGES = ("factorisation", "solve", "refinement")  # stages of `QuantizationPlan.flops` that are always fp32
 _SHARED_INPUT_GROUPS = [group for group in BLOCK_LINEAR_GROUPS if len(group) > 1]
 _SINGLE_LINEAR_GROUPS = [group for group in BLOCK_LINEAR_GROUPS if len(group) == 1]
-# Bytes of the process apart from tensors of the model. Measured on the demo: 0.95 GiB in total with one thread, 1.05
-# GiB with two.
+# Bytes of the process apart from tensors of the model. Measured on the demo.
 INTERPRETER_BYTES = 480 << 20  # Python with torch, tokenizers and scipy
 THREAD_BYTES = 128 << 20  # each further thread
 MAX_COUNTED_THREADS = 8  # more were not measured
@@ -77,7 +76,7 @@ class QuantizationPlan:
     @property
     def block_weights(self) -> int:
         """Number of weights in the linears of one block."""
-        return sum(self._size(name) for name in BLOCK_LINEARS)
+        return sum(map(self._size, BLOCK_LINEARS))
 
     @property
     def block_bytes(self) -> int:
@@ -110,8 +109,8 @@ class QuantizationPlan:
     def disk_written(self) -> int:
         """Bytes of the packed checkpoint."""
         norms_and_biases = self.block_bytes - self.block_weights * self.model_config.dtype.itemsize
-        packed = int(self.bits_per_weight * self.block_weights / 8)
-        return (packed + norms_and_biases) * self.model_config.num_hidden_layers + self.outer_bytes
+        block = int(self.bits_per_weight * self.block_weights / 8) + norms_and_biases
+        return block * self.model_config.num_hidden_layers + self.outer_bytes
 
     @property
     def hidden_state_bytes(self) -> int:
@@ -201,8 +200,8 @@ class QuantizationPlan:
     @property
     def _packed_block(self) -> int:
         """Bytes of the packed linears of the largest block: of 8 bits if bits are mixed."""
-        mixed = self.bits != self.quantization.bits
-        return (replace(self.quantization, bits=8) if mixed else self.quantization).block_bytes(self.model_config, 0)
+        bits = self.quantization.bits if self.bits == self.quantization.bits else 8
+        return replace(self.quantization, bits=bits).block_bytes(self.model_config, 0)
 
     @property
     def _activation_bytes(self) -> int:
