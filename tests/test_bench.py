@@ -12,6 +12,7 @@ import torch
 from runtime.bench.__main__ import main, parse
 from runtime.bench.rows import generate_rows, load_rows_from_file
 from runtime.common.errors import ConversationError
+from runtime.conversations.chat_template import ChatTemplate
 from runtime.conversations.rendering import Renderer
 from runtime.modeling.packed_batch import pack_batches
 from runtime.options import ModelOptions
@@ -54,7 +55,7 @@ def test_made_up_rows_are_pairs_of_mixed_lengths_and_always_the_same(renderer):
 
 @pytest.mark.parametrize("positions", [400, 1024, 4096])
 def test_made_up_rows_fit_the_model(positions):
-    rows = generate_rows(50, Renderer(tiny_tokenizer(), CHAT_TEMPLATE, positions))
+    rows = generate_rows(50, Renderer(tiny_tokenizer(), ChatTemplate(CHAT_TEMPLATE), positions))
     assert max(len(row.token_ids) for row in rows) > positions / 8
 
 

@@ -21,7 +21,6 @@ from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_con
 from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
 from runtime.checkpoints.quantization_config import NF4_BLOCKSIZE
 from runtime.common.errors import ConfigurationError
-from runtime.conversations.rendering import Renderer
 from runtime.execution.devices import cuda_device_count
 from runtime.execution.precision_choice import resolve_dtype
 from runtime.modeling.packed_batch import pack_batches
@@ -60,7 +59,7 @@ def read_inputs(options: QuantizeOptions) -> JobInputs:
             f"{checkpoint.directory} is already quantized ({checkpoint.quantization.method}); give the 16-bit model."
         )
     model_config = checkpoint.model_config
-    renderer = Renderer.from_directory(checkpoint.directory, model_config.max_position_embeddings)
+    renderer = checkpoint.renderer()
     selected = _sample(rows, renderer, options, model_config)
     variant = _open_variant(options.errors_of, checkpoint)
     recipe, notes = _make_recipe(options, model_config, checkpoint.fingerprint(), selected.fingerprint(), variant)

@@ -85,9 +85,20 @@ class CheckpointWriter:
         write_file_atomically(self.output / "quantize_config.json", _json(self.quantization.to_config()))
 
     def copy_tokenizer(self) -> None:
-        """Copy tokenizer files and chat template unchanged."""
+        """Copy tokenizer files and chat template; `tokenizer.json` without truncation and padding, else unchanged."""
         for file in self.source.tokenizer_files():
-            write_file_atomically(self.output / file.name, file.read_bytes())
+            content = file.read_bytes()
+            if file.name == "tokenizer.json":
+                content = _without_limits(content)
+            write_file_atomically(self.output / file.name, content)
+
+
+def _without_limits(content: bytes) -> bytes:
+    """Remove what transformers stores after a call with truncation or padding: readers would cut or pad every text."""
+    tokenizer = json.loads(content)
+    if not (tokenizer.get("truncation") or tokenizer.get("padding")):
+        return content
+    return _json(tokenizer | {"truncation": None, "padding": None}).encode()
 
 
 def _json(value: Any) -> str:

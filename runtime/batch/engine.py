@@ -64,7 +64,7 @@ class LocalEngine:
 
     def __init__(self, checkpoint: Checkpoint, options: ModelOptions):
         self.plan = options.plan(checkpoint)
-        self.renderer = Renderer.from_directory(checkpoint.directory, checkpoint.model_config.max_position_embeddings)
+        self.renderer = checkpoint.renderer()
         self._checkpoint = checkpoint
         self._scorer: Scorer | None = None
 

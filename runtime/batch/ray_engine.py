@@ -34,7 +34,6 @@ from runtime.batch.ray_cluster import actor_device_names, actor_resources, gpus_
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.common.errors import ConfigurationError, JobError, KitError
 from runtime.common.version import kit_version
-from runtime.conversations.rendering import Renderer
 from runtime.execution.devices import parse_memory
 from runtime.execution.placement_plan import PlacementPlan
 from runtime.execution.placement_table import print_placement
@@ -72,7 +71,7 @@ class RayEngine:
                 does not fit.
             CheckpointError: an actor cannot open the checkpoint.
         """
-        self.renderer = Renderer.from_directory(checkpoint.directory, checkpoint.model_config.max_position_embeddings)
+        self.renderer = checkpoint.renderer()
         self._console = console
         self._source = _resolve_source(options.model or "demo")
         self._closed = False

@@ -136,7 +136,7 @@ def run(options: BenchOptions, console: Console) -> int:
 
     # 1. Validate the checkpoint and the rows before the model is loaded.
     checkpoint = open_checkpoint(model)
-    renderer = Renderer.from_directory(checkpoint.directory, checkpoint.model_config.max_position_embeddings)
+    renderer = checkpoint.renderer()
     rows, errors = load_or_generate_rows(options, renderer)
 
     # 2. Load the model and time the rounds.

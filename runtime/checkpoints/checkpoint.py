@@ -7,7 +7,6 @@ tensor with the config, and checks that the score head is finite. Code and pickl
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,8 @@ from runtime.checkpoints.source import checkpoint_name, find_directory
 from runtime.checkpoints.tensor_spec import check_layout, is_ignored, read_nf4_quant_state
 from runtime.common.errors import CheckpointError
 from runtime.common.files import sha256_of
+from runtime.common.json_object import read_json_object
+from runtime.conversations.rendering import Renderer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -82,6 +83,15 @@ class Checkpoint:
         """Return the stored bytes of all tensors whose names start with `prefix`."""
         return sum(self.tensor_nbytes(prefix))
 
+    def renderer(self) -> Renderer:
+        """Return a renderer with the checkpoint's tokenizer and chat template.
+
+        Raises:
+            CheckpointError: they are missing or damaged, or do not belong to the model.
+        """
+        config = self.model_config
+        return Renderer.from_directory(self.directory, config.max_position_embeddings, config.vocab_size)
+
     def tokenizer_files(self) -> list[Path]:
         """Return the tokenizer and chat template files that exist."""
         return [path for file in TOKENIZER_FILES if (path := self.directory / file).is_file()]
@@ -134,7 +144,7 @@ def read_config(source: str | Path) -> tuple[dict[str, Any], ModelConfig, Quanti
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig, QuantizationConfig | None]:
-    config = _read_json(path)
+    config = read_json_object(path)
     try:
         model_config = ModelConfig.from_config(config, str(path))
     except (TypeError, ValueError, AttributeError) as error:  # such as a string instead of a number
@@ -145,20 +155,6 @@ def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig, QuantizationC
     if not isinstance(quantization_entry, dict):
         raise CheckpointError(f"{path}: quantization_config is {quantization_entry!r:.80}; an object was expected.")
     return config, model_config, read_quantization_config(quantization_entry, str(path))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; is {path.parent} the directory of a checkpoint?") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download or write it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; a JSON object was expected.")
-    return content
 
 
 def _open_shards(directory: Path) -> tuple[SafetensorsFile, ...]:
@@ -184,7 +180,7 @@ def _open_shards(directory: Path) -> tuple[SafetensorsFile, ...]:
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map; download or write it again.")
     for name, file in weight_map.items():

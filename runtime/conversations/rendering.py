@@ -11,24 +11,22 @@ All entry points (commands, API, page, calibration, parity) use this module, so 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from runtime.common.errors import CheckpointError, ConversationError
+from runtime.conversations.chat_template import ChatTemplate
 from runtime.conversations.conversation import ChatMessage, check_conversation
 
 SCORED_TOKEN = "<|endoftext|>"
-_PRIVATE_USE = range(0xE000, 0xF900)
+_PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,34 @@ class RenderedConversation:
 class Renderer:
     """Renders conversations with a checkpoint's tokenizer and chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str, max_positions: int, where: str = "chat template"):
-        """`max_positions` is the longest rendering in tokens; `where` names the checkpoint in errors.
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        max_positions: int,
+        where: str = "chat template",
+        vocab_size: int | None = None,
+    ):
+        """
+        Args:
+            max_positions: the longest rendering in tokens.
+            where: names the checkpoint in errors.
+            vocab_size: rows of the embedding; None does not check the tokenizer's ids.
 
         Raises:
-            CheckpointError: the template does not compile, or does not end in `<|endoftext|>`.
+            CheckpointError: the template does not end in `<|endoftext|>`, or the tokenizer does not fit the model.
         """
         self.max_positions = max_positions
         self._tokenizer = tokenizer
+        # A tokenizer that was saved after a call with truncation or padding would cut or pad every text.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if vocab_size is not None and largest >= vocab_size:
+            raise CheckpointError(
+                f"{where}: the tokenizer has the id {largest}, but vocab_size is {vocab_size}; tokenizer and model "
+                "belong to different checkpoints."
+            )
         # `_encode` handles the special tokens itself; special-token text inside the remaining pieces is user text.
         self._tokenizer.encode_special_tokens = True
         specials = {
@@ -74,12 +92,12 @@ class Renderer:
         self._special_ids = specials
         by_length = sorted(specials, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")")
-        self._template = _compile_template(template, where)
+        self._template = template
         self._check_template(where)
 
     @classmethod
-    def from_directory(cls, directory: Path, max_positions: int) -> Renderer:
-        """Read `tokenizer.json` and the chat template of a checkpoint directory.
+    def from_directory(cls, directory: Path, max_positions: int, vocab_size: int | None = None) -> Renderer:
+        """Read `tokenizer.json` and the chat template of a checkpoint directory; see `Renderer` for the arguments.
 
         Raises:
             CheckpointError: a file is missing or damaged.
@@ -89,9 +107,11 @@ class Renderer:
             raise CheckpointError(f"{path} is missing; copy the tokenizer files of the original checkpoint there.")
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
-        return cls(tokenizer, _read_template(Path(directory)), max_positions, str(directory))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and panics are no Exceptions
+            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error!s:.300}") from error
+        return cls(tokenizer, ChatTemplate.from_directory(Path(directory)), max_positions, str(directory), vocab_size)
 
     def render(
         self, messages: Sequence[ChatMessage], *, truncate: bool = False, where: str = ""
@@ -157,7 +177,7 @@ class Renderer:
             for m in messages
         ]
         token_ids: list[int] = []
-        for piece in self._special_pattern.split(self._render_text(escaped)):
+        for piece in self._special_pattern.split(self._template.render(escaped)):
             if piece in self._special_ids:
                 token_ids.append(self._special_ids[piece])
             elif piece:
@@ -165,19 +185,17 @@ class Renderer:
                 token_ids.extend(self._tokenizer.encode(text, add_special_tokens=False).ids)
         return token_ids
 
-    def _render_text(self, messages: list[dict[str, str]]) -> str:
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=False)
-        except jinja2.TemplateError as error:
-            raise ConversationError(f"the chat template rejects this conversation: {error}") from error
-
     def _check_template(self, where: str) -> None:
         probe = [
             {"role": "system", "content": ""},
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": "b"},
         ]
-        if not self._render_text(probe).rstrip().endswith(SCORED_TOKEN):
+        try:
+            text = self._template.render(probe)
+        except ConversationError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        if not text.rstrip().endswith(SCORED_TOKEN):
             raise CheckpointError(
                 f"{where}: the chat template does not end a conversation with {SCORED_TOKEN}, the token that is "
                 "scored; restore the published chat template of the reward model."
@@ -193,41 +211,11 @@ def _with_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
 def _unused_character(messages: list[ChatMessage]) -> str:
     """A private-use character that occurs in no message."""
     used = set().union(*(message["content"] for message in messages))
-    return next(chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    unused = (chr(code) for code in chain(*_PRIVATE_USE) if chr(code) not in used)
+    if (character := next(unused, None)) is None:
+        raise ConversationError("the messages hold all 137,468 private-use characters of Unicode; remove one.")
+    return character
 
 
 def _escape_special_token(special: str, escape_character: str) -> str:
     return special[0] + escape_character + special[1:]
-
-
-def _compile_template(template: str, where: str) -> jinja2.Template:
-    """Compile like transformers does: in a sandbox, because templates are untrusted."""
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise CheckpointError(f"{where}: the chat template does not compile: {error}") from error
-
-
-def _read_template(directory: Path) -> str:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    config_file = directory / "tokenizer_config.json"
-    try:
-        template: Any = json.loads(config_file.read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config_file} cannot be read: {error}") from error
-    if isinstance(template, list):  # several named templates
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    if not isinstance(template, str):
-        raise CheckpointError(
-            f"{config_file} has no chat_template, and chat_template.jinja is missing; copy it from the original "
-            "checkpoint."
-        )
-    return template

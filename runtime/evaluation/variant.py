@@ -48,7 +48,7 @@ class Variant:
         """
         checkpoint = open_checkpoint(source)
         directory = checkpoint.directory
-        renderer = Renderer.from_directory(directory, checkpoint.model_config.max_position_embeddings)
+        renderer = checkpoint.renderer()
         stored = ReferenceScores.load(directory) if (directory / REFERENCE_SCORES_FILE).is_file() else None
         report = read_report(directory / JSON_FILE) if stored and (directory / JSON_FILE).is_file() else None
         return cls(source, Path(checkpoint.name).name, checkpoint, renderer, stored, report)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from runtime.common.errors import CheckpointError, ConversationError
+from runtime.conversations.chat_template import ChatTemplate
 from runtime.conversations.rendering import Renderer
 from tests.helpers.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_tokenizer, write_tokenizer
 
@@ -20,7 +21,7 @@ def conversation(*contents: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return Renderer(tiny_tokenizer(), CHAT_TEMPLATE, 200)
+    return Renderer(tiny_tokenizer(), ChatTemplate(CHAT_TEMPLATE), 200)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_equals_apply_chat_template_then_encode(theirs, prompt, response, system
         messages = [{"role": "system", "content": system}, *messages]
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     expected = theirs.encode(text, add_special_tokens=False)
-    rendered = Renderer(tiny_tokenizer(), CHAT_TEMPLATE, 10_000).render(messages)
+    rendered = Renderer(tiny_tokenizer(), ChatTemplate(CHAT_TEMPLATE), 10_000).render(messages)
     assert rendered.token_ids == expected
     assert rendered.scored_index == len(expected) - 1
 
@@ -46,7 +47,7 @@ def test_equals_apply_chat_template_then_encode(theirs, prompt, response, system
 @settings(deadline=None)
 @given(pieces=TRICKY)
 def test_typed_special_tokens_stay_text(pieces):
-    renderer = Renderer(tiny_tokenizer(), CHAT_TEMPLATE, 10_000)
+    renderer = Renderer(tiny_tokenizer(), ChatTemplate(CHAT_TEMPLATE), 10_000)
     typed = "".join(pieces)
     rendered = renderer.render(conversation("q" + typed, "r" + typed))
     plain = renderer.render(conversation("q", "r"))
@@ -104,7 +105,7 @@ def test_truncation_equals_dropping_one_exchange_after_another(renderer, lengths
     turns = [*conversation("the first"), *turns, *conversation("q", "r" * last)]
     head = [{"role": "system", "content": system}]
     starts = (i for i, turn in enumerate(turns) if turn["role"] == "user")
-    endless = Renderer(tiny_tokenizer(), CHAT_TEMPLATE, 1 << 20)
+    endless = Renderer(tiny_tokenizer(), ChatTemplate(CHAT_TEMPLATE), 1 << 20)
     for start in starts:
         expected = endless.render([*head, *turns[start:]]).token_ids
         if len(expected) <= renderer.max_positions:
@@ -120,7 +121,7 @@ def test_truncation_equals_dropping_one_exchange_after_another(renderer, lengths
 
 
 def test_truncation_encodes_a_logarithm_of_the_turns(monkeypatch):
-    renderer, sizes = Renderer(tiny_tokenizer(), CHAT_TEMPLATE, 200), []
+    renderer, sizes = Renderer(tiny_tokenizer(), ChatTemplate(CHAT_TEMPLATE), 200), []
     encode = renderer._encode
     monkeypatch.setattr(renderer, "_encode", lambda messages: (sizes.append(len(messages)), encode(messages))[1])
     turns = conversation(*["x"] * 1024)
@@ -134,7 +135,7 @@ def test_truncation_never_cuts_the_response(renderer):
 
 
 def test_scored_index_is_the_templates_last_token_even_with_text_after_it():
-    renderer = Renderer(tiny_tokenizer(), CHAT_TEMPLATE + "\n\n", 200)
+    renderer = Renderer(tiny_tokenizer(), ChatTemplate(CHAT_TEMPLATE + "\n\n"), 200)
     rendered = renderer.render(conversation("q", "r"))
     assert rendered.token_ids[rendered.scored_index] == tiny_tokenizer().token_to_id("<|endoftext|>")
 
@@ -148,12 +149,12 @@ def test_scored_index_is_the_templates_last_token_even_with_text_after_it():
 )
 def test_unusable_templates_are_refused(template, message):
     with pytest.raises(CheckpointError, match=message):
-        Renderer(tiny_tokenizer(), template, 200)
+        Renderer(tiny_tokenizer(), ChatTemplate(template), 200)
 
 
 def test_template_cannot_reach_python():
     with pytest.raises((CheckpointError, ConversationError)):
-        Renderer(tiny_tokenizer(), "{{ ''.__class__.__mro__[1].__subclasses__() }}<|endoftext|>", 200)
+        Renderer(tiny_tokenizer(), ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}<|endoftext|>"), 200)
 
 
 def test_missing_tokenizer_is_named(tmp_path):

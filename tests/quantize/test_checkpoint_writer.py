@@ -90,3 +90,13 @@ def test_the_config_keeps_what_it_does_not_know_and_drops_what_would_run_code(wr
     assert config["architectures"] == ["Qwen2ForRewardModel"]
     assert config["quantization_config"] == json.loads((writer.output / "quantize_config.json").read_text())
     assert config["hidden_size"] == source.config["hidden_size"]
+
+
+def test_the_tokenizer_is_copied_without_truncation_and_padding(writer, source):
+    file = source.directory / "tokenizer.json"
+    writer.copy_tokenizer()
+    assert (writer.output / "tokenizer.json").read_bytes() == file.read_bytes()
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps(plain | {"truncation": {"max_length": 4}, "padding": {"strategy": "BatchLongest"}}))
+    writer.copy_tokenizer()
+    assert json.loads((writer.output / "tokenizer.json").read_text()) == plain
