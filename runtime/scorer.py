@@ -12,12 +12,13 @@ import torch
 from rich.console import Console
 
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from runtime.common.errors import NonFiniteError
+from runtime.common.errors import ConversationError, KitError, in_conversation
 from runtime.conversations.conversation import ChatMessage
 from runtime.conversations.rendering import RenderedConversation
 from runtime.execution.block_loading import load_blocks, read_head
 from runtime.execution.devices import DeviceNames, MemoryLimits
-from runtime.execution.pipeline import run_pipeline
+from runtime.execution.nonfinite import FiniteRecord, nonfinite_error
+from runtime.execution.pipeline import Chunk, run_pipeline
 from runtime.execution.placement import plan_placement
 from runtime.execution.placement_plan import PlacementPlan
 from runtime.execution.streaming import run_sweeps
@@ -28,6 +29,10 @@ from runtime.modeling.precision import FLOAT32, Precision
 def probability_preferred(margin: float) -> float:
     """Bradley-Terry probability that the first response is preferred, from its score minus the second one's."""
     return math.exp(min(margin, 0)) / (1 + math.exp(-abs(margin)))  # exp of a non-positive number cannot overflow
+
+
+ScoreResult = float | KitError
+"""A score, or why a conversation has none."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +164,47 @@ class Scorer:
         """Score rendered conversations; fp32 [n], on the CPU.
 
         Raises:
+            ConversationError: the device has too little memory for a conversation.
             NonFiniteError: naming the first conversation with a NaN or infinity, and the block if it is in one.
         """
-        scores = self.head(self.hidden_at_scored_tokens(rendered))
-        bad = (~torch.isfinite(scores)).nonzero()
-        if len(bad):
-            raise NonFiniteError(f"conversation {int(bad[0])} has a non-finite score: the score head overflowed.")
-        return scores.cpu()
+        results = self.score_each(rendered)
+        for row, result in enumerate(results):
+            if isinstance(result, KitError):
+                raise in_conversation(result, row)
+        return torch.tensor(results, dtype=torch.float32)
+
+    def score_each(self, rendered: Sequence[RenderedConversation]) -> list[ScoreResult]:
+        """Score rendered conversations, each with its own result: a NaN cannot pass from one to another.
+
+        If the memory of the device does not suffice, the conversations are scored in halves.
+        """
+        try:
+            return self._score_each(rendered)
+        except torch.OutOfMemoryError:
+            if len(rendered) == 1:
+                tokens = len(rendered[0].token_ids)
+                return [
+                    ConversationError(
+                        f"a conversation of {tokens:,} tokens needs more memory than the GPU has free; free some with "
+                        "--memory or --stream."
+                    )
+                ]
+        # Outside the except block, where the exception would keep the failed call's tensors alive.
+        half = len(rendered) // 2
+        return self.score_each(rendered[:half]) + self.score_each(rendered[half:])
+
+    def _score_each(self, rendered: Sequence[RenderedConversation]) -> list[ScoreResult]:
+        hidden, records = self._compute(rendered)
+        scores = self.head(hidden).cpu()
+        results: list[ScoreResult] = scores.tolist()
+        failed = set((~torch.isfinite(scores)).nonzero().flatten().tolist())
+        for batch, record in records if failed else ():
+            for row in failed.intersection(batch.rows):
+                block = record.first_block(batch, row)
+                if block is None and not torch.isfinite(hidden[row]).all():
+                    block = self.checkpoint.model_config.num_hidden_layers - 1
+                results[row] = nonfinite_error(block)
+        return results
 
     def warm_up(self) -> None:
         """Run one full-size dummy batch, so that kernels are compiled and buffers allocated.
@@ -182,22 +221,26 @@ class Scorer:
         """`score_rendered` as a list of floats."""
         return self.score_rendered(rendered).tolist()
 
-    @torch.inference_mode()
     def hidden_at_scored_tokens(self, rendered: Sequence[RenderedConversation]) -> torch.Tensor:
-        """The input of the head: hidden states [n, H] at the scored tokens after the last block.
+        """The input of the head: hidden states [n, H] at the scored tokens after the last block; not checked."""
+        return self._compute(rendered)[0]
 
-        Raises:
-            NonFiniteError: naming the first block and conversation with a NaN or infinity.
-        """
+    @torch.inference_mode()
+    def _compute(
+        self, rendered: Sequence[RenderedConversation]
+    ) -> tuple[torch.Tensor, list[tuple[PackedBatch, FiniteRecord]]]:
+        """Hidden states [n, H] at the scored tokens, and where each batch was finite."""
         hidden = torch.empty(
             len(rendered), self.checkpoint.model_config.hidden_size, device=self._device_blocks[-1].device
         )
+        records = []
         with closing(self._run(rendered)) as chunks:
-            for batch, rows in chunks:
+            for batch, rows, record in chunks:
                 hidden[list(batch.rows)] = rows.to(hidden.device, hidden.dtype)
-        return hidden
+                records.append((batch, record))
+        return hidden, records
 
-    def _run(self, rendered: Sequence[RenderedConversation]) -> Generator[tuple[PackedBatch, torch.Tensor], None, None]:
+    def _run(self, rendered: Sequence[RenderedConversation]) -> Generator[Chunk, None, None]:
         """Yield each batch with its hidden states [S, H] at the scored tokens after the last block."""
         batches = pack_batches(rendered, self.plan.chunk_tokens(sum(len(each.token_ids) for each in rendered)))
         if self.plan.placement == "streamed":

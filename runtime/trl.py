@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.common.errors import ConversationError, NonFiniteError
+from runtime.common.errors import ConversationError, KitError
 from runtime.conversations.conversation import ChatMessage
 from runtime.conversations.policy_transcripts import read_policy_text
 from runtime.conversations.rendering import RenderedConversation
@@ -56,24 +56,18 @@ def reward_function(
                 rendered[row] = scorer.renderer.render(turns, truncate=truncate, where=where)
             except ConversationError as error:
                 error_messages.append(str(error))
-        rewards = _rewards(scorer, rendered, error_messages)
+        rewards: dict[int, float] = {}
+        for row, result in zip(rendered, scorer.score_each(list(rendered.values())), strict=True):
+            if isinstance(result, KitError):
+                error_messages.append(f"completions[{row}]: {result}")
+            else:
+                rewards[row] = result
         if error_messages:
             count = f"{len(error_messages)} of {len(completions)} completions"
             warnings.warn(f"{count} cannot be scored; the first: {error_messages[0]}", RuntimeWarning, stacklevel=2)
         return [rewards.get(row) for row in range(len(completions))]
 
     return worldpm_reward
-
-
-def _rewards(scorer: Scorer, rendered: dict[int, RenderedConversation], error_messages: list[str]) -> dict[int, float]:
-    """Finite scores by row. If any score is not finite, each row is scored alone to find it."""
-    try:
-        return dict(zip(rendered, scorer.scores(list(rendered.values())), strict=True))
-    except NonFiniteError as error:
-        if len(rendered) == 1:
-            error_messages.append(f"completions[{next(iter(rendered))}]: {error}")
-            return {}
-    return {row: score for row in rendered for score in _rewards(scorer, {row: rendered[row]}, error_messages).values()}
 
 
 def _to_messages(prompt: Any, completion: Any, where: str) -> list[ChatMessage]:

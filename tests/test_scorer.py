@@ -92,7 +92,7 @@ def test_errors_name_the_conversation(scorer):
 def test_a_head_that_overflows_is_an_error_not_a_score(tiny_checkpoint):
     scorer = Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="float32")
     scorer.head.score_2_bias.fill_(float("inf"))
-    with pytest.raises(NonFiniteError, match="conversation 0 has a non-finite score"):
+    with pytest.raises(NonFiniteError, match="conversation 0: a non-finite score: the score head overflowed"):
         scorer.score([answer("x")])
 
 
@@ -157,7 +157,7 @@ def test_a_nan_names_block_and_conversation_wherever_the_block_is(six, tmp_path,
     tensors["model.layers.3.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     before = threading.active_count()
-    with pytest.raises(NonFiniteError, match=r"^block 3: a non-finite activation in conversation \d"):
+    with pytest.raises(NonFiniteError, match=r"^conversation 0: block 3: a non-finite activation; check the weights"):
         placed(directory, name).score(CONVERSATIONS)
     assert threading.active_count() == before
 

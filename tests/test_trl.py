@@ -67,7 +67,7 @@ def test_a_score_that_is_not_finite_is_none(scorer: Scorer):
     gated = Gate(scorer, bad)
     gated.open.set()
     function = reward_function(as_scorer(gated))
-    with pytest.warns(RuntimeWarning, match=r"completions\[1\]: conversation 0 has a non-finite score"):
+    with pytest.warns(RuntimeWarning, match=r"completions\[1\]: a non-finite score: the score head"):
         rewards = as_the_trainer_calls(function, [QUESTION] * 3, ["a", "overflows", "b"])
     assert rewards == [expected(scorer, "a")[0], None, expected(scorer, "b")[0]]
 
@@ -75,7 +75,7 @@ def test_a_score_that_is_not_finite_is_none(scorer: Scorer):
 def as_scorer(gated: Gate) -> Scorer:
     """A scorer whose scores come through the gate."""
     scorer = Scorer.__new__(Scorer)
-    scorer.renderer, scorer.score_rendered = gated.renderer, gated.score_rendered  # type: ignore[method-assign]
+    scorer.renderer, scorer.score_each = gated.renderer, gated.score_each  # type: ignore[method-assign]
     return scorer
 
 

@@ -28,7 +28,7 @@ from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.conversations.rendering import RenderedConversation
 from runtime.execution.block_loading import check_finite_tensors, read_blocks
 from runtime.execution.hidden_states import HiddenStates
-from runtime.execution.pipeline import check_finite_hidden_states
+from runtime.execution.nonfinite import check_finite_hidden_states
 from runtime.modeling.linear import Tensors
 from runtime.modeling.packed_batch import PackedBatch, pack_batches
 from runtime.modeling.precision import Precision

@@ -109,6 +109,7 @@ class Recipe:
             sym=self.sym,
             desc_act=self.desc_act,
             damp_percent=self.damp_percent,
+            static_groups=self.static_groups,
         )
 
     def check_unchanged(self, recorded: dict[str, Any], where: str) -> None:

@@ -57,10 +57,15 @@ class CholeskyFactor:
             part[self.columns] = torch.linalg.solve_triangular(self.upper, solved, upper=True, unitriangular=True)
 
     def into_hessian(self) -> Tensor:
-        """Return H + diag(damp), fp32 [K, K] in the order of `columns`. This overwrites `upper`: the factor is lost."""
-        self.upper.diagonal().copy_(self.diagonal)
-        copy_upper_to_lower(self.upper.T)
-        return self.upper
+        """Return H + diag(damp), fp32 [K, K] in the order of `columns`, in the storage of `upper`.
+
+        The factor is lost: `upper` is None afterwards, so that nothing is solved with it.
+        """
+        hessian = self.upper
+        hessian.diagonal().copy_(self.diagonal)
+        copy_upper_to_lower(hessian.T)
+        object.__setattr__(self, "upper", None)
+        return hessian
 
     def output_power(self, columns: Tensor, block_size: int = 512) -> float:
         """tr(C^T H C) without damping, for C fp32 [K, N] in the order of `columns`: the mean squared output."""

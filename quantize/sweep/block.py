@@ -20,7 +20,7 @@ from quantize.sweep.linear_quantizer import BlockQuantizer, PackedBlock, Progres
 from runtime.checkpoints.model_config import BLOCK_LINEARS
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS, QuantizationConfig
 from runtime.execution.hidden_states import HiddenStates
-from runtime.execution.pipeline import check_finite_hidden_states
+from runtime.execution.nonfinite import check_finite_hidden_states
 from runtime.modeling.qwen2 import Block
 
 

@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from runtime.common.errors import KitError, NonFiniteError
+from runtime.common.errors import KitError, in_conversation
 from runtime.conversations.rendering import RenderedConversation
+from runtime.scorer import ScoreResult
 
 QUEUE_TOKENS = 262_144
 BATCH_WAIT_SECONDS = 0.005  # wait after a shared batch: its clients often send their next requests together
@@ -49,12 +50,8 @@ class ScoringModel(Protocol):
 
     batch_tokens: int  # tokens that one call should get
 
-    def score(self, rendered: Sequence[RenderedConversation]) -> list[float]:
-        """Return one score per conversation. Called only by the batcher's thread.
-
-        Raises:
-            NonFiniteError: a score is not finite; the message gives the conversation's index in `rendered`.
-        """
+    def score(self, rendered: Sequence[RenderedConversation]) -> list[ScoreResult]:
+        """Return a score, or why there is none, for each conversation. Called only by the batcher's thread."""
 
 
 def count_tokens(rendered: Sequence[RenderedConversation]) -> int:
@@ -68,8 +65,9 @@ class _Request:
 
     model: ScoringModel
     rendered: Sequence[RenderedConversation]
-    future: Future[list[float]] = field(default_factory=Future)
-    scores: list[float] = field(default_factory=list)
+    each: bool  # whether the future gives errors among the results; otherwise the first one fails the request
+    future: Future[Any] = field(default_factory=Future)
+    results: list[ScoreResult] = field(default_factory=list)
     taken: int = 0
     tokens_left: int = 0  # of the conversations that are not taken
 
@@ -87,7 +85,7 @@ class _Request:
         self.tokens_left -= count_tokens(rows)
         return rows
 
-    def resolve(self, result: list[float] | Exception) -> None:
+    def resolve(self, result: list[ScoreResult] | Exception) -> None:
         """Set the future's result, unless the client cancelled it."""
         if not self.future.set_running_or_notify_cancel():
             return
@@ -134,16 +132,22 @@ class Batcher:
             return sum(request.tokens_left for request in self._queue)
 
     def submit(self, model: ScoringModel, rendered: Sequence[RenderedConversation]) -> Future[list[float]]:
-        """Queue one request; the future gives one score per conversation.
+        """Queue one request; the future gives one score per conversation, or raises the first conversation's error.
 
-        Cancelling the future removes the conversations that are not in a batch yet. The future raises whatever
-        `model.score` raised.
+        Cancelling the future removes the conversations that are not in a batch yet.
 
         Raises:
             ServerBusyError: the queue is full.
             ServerStoppingError: the queue is closed.
         """
-        request = _Request(model, rendered)
+        return self._queue_request(_Request(model, rendered, each=False))
+
+    def submit_each(self, model: ScoringModel, rendered: Sequence[RenderedConversation]) -> Future[list[ScoreResult]]:
+        """`submit`, but the future gives the result of each conversation and does not raise a conversation's error."""
+        return self._queue_request(_Request(model, rendered, each=True))
+
+    def _queue_request(self, request: _Request) -> Future[Any]:
+        rendered = request.rendered
         if not rendered:
             request.resolve([])
             return request.future
@@ -212,20 +216,26 @@ class Batcher:
         model = batch[0][0].model
         rendered = [each for _, rows in batch for each in rows]
         try:
-            scores = iter(self._score_timed(model, rendered))
-        except NonFiniteError:
-            self._score_individually([request for request, _ in batch])
+            results = iter(self._score_timed(model, rendered))
         except Exception as error:  # fails these requests; the thread continues
             for request, _ in batch:
                 self._fail(request, error)
         else:
             for request, rows in batch:
-                request.scores += [next(scores) for _ in rows]
-                if len(request.scores) == len(request.rendered):
-                    request.resolve(request.scores)
+                self._answer(request, [next(results) for _ in rows])
         self._last_batch_shared = len(batch) > 1
 
-    def _score_timed(self, model: ScoringModel, rendered: list[RenderedConversation]) -> list[float]:
+    def _answer(self, request: _Request, results: list[ScoreResult]) -> None:
+        """Add the results of the request's next conversations, and resolve the request if it has all of them."""
+        for result in results:
+            if isinstance(result, KitError) and not request.each:
+                self._fail(request, in_conversation(result, len(request.results)))
+                return
+            request.results.append(result)
+        if len(request.results) == len(request.rendered):
+            request.resolve(request.results)
+
+    def _score_timed(self, model: ScoringModel, rendered: list[RenderedConversation]) -> list[ScoreResult]:
         """Score a batch and record its time, before any client is answered, so that /metrics includes it by then."""
         start = time.perf_counter()
         try:
@@ -236,17 +246,6 @@ class Batcher:
             self._tokens_per_second += 0.2 * (tokens / max(seconds, 1e-6) - self._tokens_per_second)
             if self.on_batch is not None:
                 self.on_batch(len(rendered), tokens, seconds)
-
-    def _score_individually(self, requests: list[_Request]) -> None:
-        """Score each request alone, so that only the one with the non-finite score fails, with an index within it."""
-        for request in requests:
-            self._remove_request(request)
-            if request.future.cancelled():
-                continue
-            try:
-                request.resolve(request.model.score(request.rendered))
-            except Exception as error:
-                self._fail(request, error)
 
     def _fail(self, request: _Request, error: Exception) -> None:
         self._remove_request(request)

@@ -56,7 +56,7 @@ _REASONS = {
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     422: "A field is missing, has the wrong type, or exceeds a limit; or a conversation cannot be scored.",
-    429: "The queue is full, or it closes because the server is stopping; retry after the seconds in `Retry-After`.",
+    429: "The queue is full; retry after the seconds in `Retry-After`.",
     500: "A score is not finite, or the server failed.",
     503: "The model is not loaded yet, or the server is stopping.",
 }

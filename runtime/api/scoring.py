@@ -12,7 +12,7 @@ from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 
 from runtime.api import json_log
-from runtime.api.batcher import QueueRejectedError, count_tokens
+from runtime.api.batcher import QueueRejectedError, ServerStoppingError, count_tokens
 from runtime.api.errors import ApiError
 from runtime.api.middleware import CLIENT_CLOSED_REQUEST
 from runtime.api.options import Limits
@@ -111,7 +111,8 @@ class RequestScorer:
         try:
             scores = await self._wait_for_scores(model.submit(rendered))
         except QueueRejectedError as error:
-            raise ApiError(429, str(error), retry_after=error.retry_after) from error
+            status = 503 if isinstance(error, ServerStoppingError) else 429
+            raise ApiError(status, str(error), retry_after=error.retry_after) from error
         except KitError as error:
             raise ApiError(500, f"{field}: {error}", field) from error
         return ScoringResult(model, scores, rendered)

@@ -16,7 +16,7 @@ from runtime.evaluation.metrics import margins
 from runtime.evaluation.scored_pair import pair_score_array
 from runtime.evaluation.variant import Variant, open_variants
 from runtime.options import ModelOptions
-from runtime.scorer import Scorer
+from runtime.scorer import Scorer, ScoreResult
 
 
 class ServedModel:
@@ -46,8 +46,8 @@ class ServedModel:
     def submit(self, rendered: Sequence[RenderedConversation]) -> Future[list[float]]:
         """Queue conversations; the future gives one score per conversation.
 
-        Cancelling the future removes the conversations from the queue. The future raises NonFiniteError if a score is
-        not finite.
+        Cancelling the future removes the conversations from the queue. The future raises the error of the
+        first conversation without a score.
 
         Raises:
             ServerBusyError: the queue is full.
@@ -55,15 +55,15 @@ class ServedModel:
         """
         return self._batcher.submit(self, rendered)
 
-    def score(self, rendered: Sequence[RenderedConversation]) -> list[float]:
-        """Score immediately, without the queue. Called only by the batcher's thread; other callers use `submit`.
+    def submit_each(self, rendered: Sequence[RenderedConversation]) -> Future[list[ScoreResult]]:
+        """`submit`, but the future gives a result for each conversation and raises nothing."""
+        return self._batcher.submit_each(self, rendered)
 
-        Raises:
-            NonFiniteError: as `Scorer.score_rendered`.
-        """
+    def score(self, rendered: Sequence[RenderedConversation]) -> list[ScoreResult]:
+        """`Scorer.score_each`, without the queue. Called only by the batcher's thread; other callers use `submit`."""
         start = time.perf_counter()
         try:
-            return self.scorer.score_rendered(rendered).tolist()
+            return self.scorer.score_each(rendered)
         finally:
             self.busy_seconds += time.perf_counter() - start
             self.conversations += len(rendered)

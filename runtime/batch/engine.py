@@ -6,27 +6,28 @@ A window is a group of consecutive rows that are scored in one call and then wri
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import NoReturn, Protocol
+from typing import Protocol
 
-import torch
 from rich.console import Console
 
 from runtime.batch.row import InputRow, OutputRecord, make_output_record
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.model_config import block_prefix
-from runtime.common.errors import ConversationError, NonFiniteError
+from runtime.common.errors import KitError, NonFiniteError
 from runtime.conversations.rendering import RenderedConversation, Renderer
 from runtime.execution.placement_plan import PlacementPlan
 from runtime.execution.placement_table import print_placement
 from runtime.options import ModelOptions
-from runtime.scorer import Scorer
+from runtime.scorer import Scorer, ScoreResult
 
 InputWindow = tuple[list[InputRow], str]
 """Rendered rows, and the digest of the input up to the last of them."""
 ScoredWindow = tuple[list[OutputRecord], str]
 """The records of a window, and the same digest."""
-ScoreFunction = Callable[[Sequence[RenderedConversation]], Sequence[float]]
-"""Returns one score per conversation."""
+ScoreFunction = Callable[[Sequence[RenderedConversation]], Sequence[ScoreResult]]
+"""Returns one score per conversation, or why it has none."""
+
+MIN_ROWS_TO_BLAME = 16  # if so many rows of a window, and all of them, have no finite score, the model is at fault
 
 
 class Engine(Protocol):
@@ -83,64 +84,48 @@ class LocalEngine:
     def score_windows(self, windows: Iterable[InputWindow]) -> Generator[ScoredWindow, None, None]:
         assert self._scorer is not None
         for rows, digest in windows:
-            yield score_window(self._scorer.scores, rows, self._checkpoint), digest
+            yield score_window(self._scorer.score_each, rows, self._checkpoint), digest
 
 
 def score_window(score: ScoreFunction, window: Sequence[InputRow], checkpoint: Checkpoint) -> list[OutputRecord]:
     """Score rendered rows in one call of `score`, and make their records.
 
-    If a row fails, the window is bisected until the row is alone, because each call may stream the whole model.
-
     Args:
         score: computes with the model of `checkpoint`.
-        window: rows whose `error` is set get a record without scores.
+        window: rows whose `error` is set get a record without scores, and so do rows with a conversation that has none.
 
     Raises:
-        NonFiniteError: no row has a finite score, so the model is at fault. The message names the non-finite tensor if
-            the first failing block of `checkpoint` has one.
+        NonFiniteError: no row has a finite score and the model is at fault: the first failing block of `checkpoint` has
+            a tensor that is not finite, or there are at least `MIN_ROWS_TO_BLAME` rows.
     """
-    errors: list[NonFiniteError] = []
-    found = _score_rows(score, [row for row in window if row.rendered], errors)
-    if errors and not found:
-        _raise_nonfinite(checkpoint, window, errors[0])
-    scores = iter(found)
-    return [make_output_record(row, [next(scores) for _ in row.rendered]) for row in window]
+    scored = [row for row in window if row.rendered]
+    results = iter(score([each for row in scored for each in row.rendered]))
+    scores: dict[int, list[float]] = {}
+    errors: list[KitError] = []
+    for row in scored:
+        own = [next(results) for _ in row.rendered]
+        failed = [result for result in own if isinstance(result, KitError)]
+        if failed:
+            row.mark_failed(failed[0])
+            errors.append(failed[0])
+        else:
+            scores[id(row)] = [result for result in own if not isinstance(result, KitError)]
+    if errors and not scores and all(isinstance(error, NonFiniteError) for error in errors):
+        _check_model(checkpoint, window, errors)
+    return [make_output_record(row, scores.get(id(row), [])) for row in window]
 
 
-def _score_rows(score: ScoreFunction, rows: Sequence[InputRow], errors: list[NonFiniteError]) -> list[float]:
-    """Scores of the rows that can be scored; the others are marked as failed, and non-finite ones added to `errors`."""
-    if not rows:
-        return []
-    try:
-        return list(score([each for row in rows for each in row.rendered]))
-    except NonFiniteError as error:
-        if len(rows) == 1:
-            rows[0].mark_failed(error)
-            errors.append(error)
-            return []
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            longest = max(len(each.token_ids) for each in rows[0].rendered)
-            rows[0].mark_failed(
-                ConversationError(
-                    f"a conversation of {longest:,} tokens needs more memory than the GPU has free; free some with "
-                    "--memory or --stream."
-                )
-            )
-            return []
-    # Outside the except blocks, where the exception would keep the failed call's tensors alive.
-    half = len(rows) // 2
-    return _score_rows(score, rows[:half], errors) + _score_rows(score, rows[half:], errors)
-
-
-def _raise_nonfinite(checkpoint: Checkpoint, window: Sequence[InputRow], error: NonFiniteError) -> NoReturn:
-    tensor = find_nonfinite_tensor(checkpoint, error.block)
-    first = next(row.error for row in window if row.error)
-    raise NonFiniteError(
-        f"{checkpoint.directory}: {tensor} holds a NaN or an infinity; download or create the model again."
-        if tensor
-        else first
-    )
+def _check_model(checkpoint: Checkpoint, window: Sequence[InputRow], errors: Sequence[KitError]) -> None:
+    """Raise NonFiniteError if the model is at fault, given that no row of a window has a finite score."""
+    blocks = {error.block for error in errors if isinstance(error, NonFiniteError)}
+    first = None if None in blocks and len(blocks) == 1 else min(block for block in blocks if block is not None)
+    if tensor := find_nonfinite_tensor(checkpoint, first):
+        raise NonFiniteError(
+            f"{checkpoint.directory}: {tensor} holds a NaN or an infinity; download or create the model again."
+        )
+    if len(errors) >= MIN_ROWS_TO_BLAME:
+        reason = next(row.error for row in window if row.error)
+        raise NonFiniteError(f"None of {len(errors)} rows has a finite score; the first: {reason}")
 
 
 def find_nonfinite_tensor(checkpoint: Checkpoint, block: int | None) -> str | None:

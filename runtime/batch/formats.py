@@ -18,6 +18,20 @@ CSV_HEADER = (",".join(COLUMNS) + "\n").encode()
 _GROUP_ROWS = 16_384
 
 
+def is_scores_file(path: Path) -> bool:
+    """Whether a file begins like an output of the scoring command."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet  # here because the import is slow and only Parquet needs it
+
+        try:
+            return bool(pyarrow.parquet.read_schema(path).names == list(COLUMNS))
+        except (OSError, pyarrow.ArrowInvalid):
+            return False
+    with open(path, "rb") as file:
+        first = file.readline(1 << 20)
+    return first == CSV_HEADER if path.suffix == ".csv" else first.startswith(b'{"where": ')
+
+
 def encode_jsonl(records: Iterable[OutputRecord]) -> bytes:
     """One object per line; keys that do not apply to a row are absent."""
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()

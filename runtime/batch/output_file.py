@@ -17,11 +17,17 @@ from typing import Any, Protocol
 
 import torch
 
-from runtime.batch.formats import CSV_HEADER, ENCODERS, encode_jsonl, write_parquet
+from runtime.batch.formats import CSV_HEADER, ENCODERS, encode_jsonl, is_scores_file, write_parquet
 from runtime.batch.output_state import OutputState, progress_path
 from runtime.batch.row import OutputRecord
 from runtime.common.errors import USER_FIXABLE_ERRNOS, JobError, KitError, describe_os_error
 from runtime.common.files import open_locked, sync_directory
+
+
+def is_finished(path: Path) -> bool:
+    """Whether `path` is the complete output of an earlier run."""
+    written = path.is_file() and path.stat().st_size > 0 and not progress_path(path).exists()
+    return written and is_scores_file(path)
 
 
 class OutputWriter(Protocol):
@@ -149,8 +155,8 @@ class OutputFile:
             return
         if resume:
             raise JobError(
-                f"{self.path} has no {progress_path(self.path).name} next to it, so it is finished or was not written "
-                "by this command; remove it to score again, or choose another --output."
+                f"{self.path} has no {progress_path(self.path).name} next to it and was not written by this command; "
+                "remove it, or choose another --output."
             )
         raise JobError(f"{self.path} exists; remove it, or choose another --output.")
 

@@ -82,7 +82,7 @@ class ScoringActor:
     def score(self, window: list[InputRow]) -> list[OutputRecord] | KitError:
         """Score rendered rows; see `score_window`."""
         try:
-            return score_window(self._scorer.scores, window, self._scorer.checkpoint)
+            return score_window(self._scorer.score_each, window, self._scorer.checkpoint)
         except KitError as error:
             return error
 

@@ -227,7 +227,7 @@ class RayEngine:
 
 def _resolve_source(model: str) -> str:
     """The model for an actor, whose working directory differs: paths are made absolute."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    return str(Path(model).resolve()) if model != "demo" and Path(model).is_dir() else model
 
 
 def _with_final_error(windows: Iterable[InputWindow]) -> Iterator[InputWindow | KitError]:

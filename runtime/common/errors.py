@@ -50,6 +50,13 @@ class NonFiniteError(KitError):
     block: int | None = None
 
 
+def in_conversation(error: KitError, number: int) -> KitError:
+    """The same error, as that of conversation `number` of a call."""
+    named = type(error)(f"conversation {number}: {error}")
+    named.__dict__.update(error.__dict__)
+    return named
+
+
 def printable(text: str) -> str:
     """Return `text` with characters that UTF-8 cannot encode, such as surrogates in file names, as escapes."""
     return text.encode(errors="backslashreplace").decode()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from runtime.common.errors import UnresumableJobError
-from runtime.execution.pipeline import check_finite_hidden_states
+from runtime.execution.nonfinite import check_finite_hidden_states
 from runtime.modeling.packed_batch import PackedBatch
 from runtime.modeling.qwen2 import Block
 

@@ -21,7 +21,8 @@ import torch
 from runtime.execution.block_loading import DeviceBlocks
 from runtime.execution.devices import device_context
 from runtime.execution.hidden_states import HiddenStates
-from runtime.execution.pipeline import Cancelled, check_finite_hidden_states
+from runtime.execution.nonfinite import FiniteRecord
+from runtime.execution.pipeline import Cancelled, Chunk
 from runtime.execution.placement_plan import MIN_SWEEP_TOKENS, PlacementPlan
 from runtime.modeling.packed_batch import PackedBatch
 from runtime.modeling.qwen2 import Block
@@ -29,8 +30,8 @@ from runtime.modeling.qwen2 import Block
 
 def run_sweeps(
     devices: Sequence[DeviceBlocks], plan: PlacementPlan, batches: Sequence[PackedBatch], embedding: torch.Tensor
-) -> Iterator[tuple[PackedBatch, torch.Tensor]]:
-    """Yield each batch with its hidden states [S, H] at the scored tokens after the last block.
+) -> Iterator[Chunk]:
+    """Yield each batch with its hidden states [S, H] at the scored tokens after the last block, and its record.
 
     Batches are assigned to the devices in turn. One device is run by the calling thread, several by one thread each;
     the threads end with the iterator.
@@ -39,7 +40,6 @@ def run_sweeps(
         embedding: [vocab, H].
 
     Raises:
-        NonFiniteError: naming the first block and row with a NaN or infinity.
         OSError: the disk has no room for hidden states that do not fit in memory.
     """
     cancelled = Event()
@@ -63,7 +63,7 @@ def _sweep_in_parts(
     batches: Sequence[PackedBatch],
     embedding: torch.Tensor,
     cancelled: Event,
-) -> list[tuple[PackedBatch, torch.Tensor]]:
+) -> list[Chunk]:
     """One sweep, or several if the device has room for the hidden states of some of the batches only."""
     max_tokens = device_blocks.share.spare_bytes // (embedding.shape[1] * plan.precision.residual_dtype.itemsize)
     return [
@@ -79,14 +79,14 @@ def _sweep_part(
     batches: Sequence[PackedBatch],
     embedding: torch.Tensor,
     cancelled: Event,
-) -> list[tuple[PackedBatch, torch.Tensor]]:
+) -> list[Chunk]:
     """One sweep. A function of its own, so that its hidden states are freed before the next part's are allocated."""
     with ExitStack() as files:
         hidden_states = _make_hidden_states(device_blocks, plan, batches, embedding.shape[1], files)
         hidden_states.embed(embedding)
         with device_context(device_blocks.device), closing(device_blocks.iterate_blocks()) as blocks:
-            outputs = sweep(hidden_states, blocks, device_blocks.share.blocks[-1], cancelled)
-    return list(zip(batches, outputs, strict=True))
+            outputs, records = sweep(hidden_states, blocks, device_blocks.share.blocks[-1], cancelled)
+    return list(zip(batches, outputs, records, strict=True))
 
 
 def split_batches(batches: Sequence[PackedBatch], max_tokens: int) -> list[Sequence[PackedBatch]]:
@@ -130,7 +130,7 @@ def _make_hidden_states(
 @torch.inference_mode()
 def sweep(
     hidden_states: HiddenStates, blocks: Iterator[tuple[int, Block]], last: int, cancelled: Event
-) -> list[torch.Tensor]:
+) -> tuple[list[torch.Tensor], list[FiniteRecord]]:
     """Compute block after block on all batches of `hidden_states`.
 
     Args:
@@ -139,23 +139,21 @@ def sweep(
         cancelled: once set, the sweep raises `Cancelled` before the next batch.
 
     Returns:
-        For each batch, the hidden states [S, H] at the scored tokens after the last block.
-
-    Raises:
-        NonFiniteError: naming the first block and row with a NaN or infinity.
+        For each batch, the hidden states [S, H] at the scored tokens after the last block, and its record.
     """
     outputs: list[torch.Tensor] = []
+    records = [FiniteRecord(batch.tokens, hidden_states.device) for batch in hidden_states.batches]
     for index, block in blocks:
         for number, batch in enumerate(hidden_states.batches):
             if cancelled.is_set():
                 raise Cancelled
             hidden = hidden_states.read(number)
-            hidden = block.at_scored_tokens(hidden, batch) if index == last else block(hidden, batch)
-            check_finite_hidden_states(hidden, batch, index, scored=index == last)
             if index == last:
-                outputs.append(hidden)
+                outputs.append(block.at_scored_tokens(hidden, batch))
             else:
+                hidden = block(hidden, batch)
+                records[number].add(hidden, index)
                 hidden_states.write(number, hidden)
         hidden_states.swap_buffers()
         del block  # before the iterator loads the next one
-    return outputs
+    return outputs, records

@@ -18,6 +18,7 @@ from runtime.batch.row import OutputRecord
 from runtime.common.errors import ConversationError, KitError
 from runtime.common.files import write_file_atomically
 from runtime.conversations.rendering import RenderedConversation
+from runtime.scorer import ScoreResult
 
 UPLOAD_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # no compressed files
 MAX_ROWS = 100_000  # bounds the memory for the records, which are held until the visitor leaves
@@ -109,7 +110,7 @@ class BatchJob:
         write_parquet(lines, directory / "scores.parquet")
         return [str(directory / f"scores{suffix}") for suffix in (".jsonl", ".csv", ".parquet")]
 
-    def _score(self, rendered: Sequence[RenderedConversation]) -> list[float]:
+    def _score(self, rendered: Sequence[RenderedConversation]) -> list[ScoreResult]:
         future = self._submit(rendered)
         while True:
             try:
@@ -119,11 +120,11 @@ class BatchJob:
                     future.cancel()
                     raise JobCancelled from None
 
-    def _submit(self, rendered: Sequence[RenderedConversation]) -> Future[list[float]]:
+    def _submit(self, rendered: Sequence[RenderedConversation]) -> Future[list[ScoreResult]]:
         """Submit to the queue, retrying while it is full."""
         while not self.cancelled:
             try:
-                return self.model.submit(rendered)
+                return self.model.submit_each(rendered)
             except ServerBusyError as busy:
                 self._cancelled.wait(min(busy.retry_after, MAX_RETRY_WAIT_SECONDS))
         raise JobCancelled

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from runtime.api.batcher import BATCH_WAIT_SECONDS, Batcher, ServerBusyError, ServerStoppingError
 from runtime.common.errors import NonFiniteError
 from runtime.conversations.rendering import RenderedConversation
+from runtime.scorer import ScoreResult
 
 BAD, BROKEN = 99, 98
 
@@ -30,16 +31,14 @@ class Lengths:
         self.open.set()
         self.entered = threading.Event()
 
-    def score(self, rendered: Sequence[RenderedConversation]) -> list[float]:
+    def score(self, rendered: Sequence[RenderedConversation]) -> list[ScoreResult]:
         lengths = [len(each.token_ids) for each in rendered]
         self.calls.append(lengths)
         self.entered.set()
         assert self.open.wait(30)
         if BROKEN in lengths:
             raise RuntimeError("broken")
-        if BAD in lengths:
-            raise NonFiniteError(f"conversation {lengths.index(BAD)} is not finite")
-        return [float(length) for length in lengths]
+        return [NonFiniteError("not finite") if length == BAD else float(length) for length in lengths]
 
     def hold(self, batcher: Batcher) -> None:
         """Block the scoring thread in a call, so that the next requests stay in the queue."""
@@ -121,14 +120,33 @@ def test_a_non_finite_score_fails_only_its_request():
     good, bad, also_good = (batcher.submit(model, rows(*lengths)) for lengths in ([5], [6, BAD], [7]))
     model.open.set()
     assert (good.result(30), also_good.result(30)) == ([5.0], [7.0])
-    with pytest.raises(NonFiniteError, match="conversation 1 is"):  # counted within the request
+    with pytest.raises(NonFiniteError, match="conversation 1: not finite"):  # counted within the request
         bad.result(30)
+
+
+def test_each_result_of_a_request_may_be_an_error():
+    model, batcher = Lengths(batch_tokens=10), Batcher()
+    model.hold(batcher)
+    mixed, plain = batcher.submit_each(model, rows(3, BAD, 5)), batcher.submit(model, rows(4))
+    model.open.set()
+    first, bad, last = mixed.result(30)
+    assert (first, last, plain.result(30)) == (3.0, 5.0, [4.0])
+    assert isinstance(bad, NonFiniteError) and str(bad) == "not finite"
+
+
+def test_nothing_is_scored_twice_for_an_error():
+    model, batcher = Lengths(batch_tokens=1000), Batcher()
+    model.hold(batcher)
+    futures = [batcher.submit(model, rows(*lengths)) for lengths in ([5, BAD], [7], [BAD])]
+    model.open.set()
+    wait(futures)
+    assert model.calls == [[5, BAD, 7, BAD]]
 
 
 def test_a_long_request_that_fails_leaves_the_queue():
     model, batcher = Lengths(batch_tokens=100), Batcher()
     bad = batcher.submit(model, rows(50, BAD, 50))
-    with pytest.raises(NonFiniteError, match="conversation 1 is"):
+    with pytest.raises(NonFiniteError, match="conversation 1: not finite"):
         bad.result(30)
     assert batcher.submit(model, rows(3)).result(30) == [3.0]
     assert batcher.waiting_requests == 0

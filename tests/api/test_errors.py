@@ -202,8 +202,16 @@ def test_a_score_that_is_not_finite_is_500_with_the_reason(tiny_checkpoint: Path
     gate(service, bad=len(bad.token_ids)).open.set()
     answer = send(api_of(service), "/v1/scores", {"conversations": [conversation("a"), conversation("overflows")]})
     assert answer.status_code == 500
-    assert error_of(answer)["message"].startswith("conversations: conversation 1 has a non-finite score")
+    assert error_of(answer)["message"].startswith("conversations: conversation 1: a non-finite score")
     assert send(api_of(service), "/v1/scores", GOOD).status_code == 200
+
+
+def test_a_closed_queue_is_503_and_a_full_one_429(tiny_checkpoint: Path):
+    service = serve(tiny_checkpoint)
+    service.batcher.close()
+    answer = send(api_of(service), "/v1/scores", GOOD)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert "The server is stopping" in error_of(answer)["message"]
 
 
 def test_an_internal_error_is_500_without_details(tiny_checkpoint: Path):

@@ -51,7 +51,7 @@ def rows_written(output: Path) -> int:
 
 
 MOMENTS = {
-    "as a window is scored": (Scorer, "score_rendered", 3, False),
+    "as a window is scored": (Scorer, "score_each", 3, False),
     "before a window is written": (OutputFile, "write", 4, False),
     "after a window was written": (OutputFile, "write", 2, True),
     "between bytes and progress": (OutputState, "save", 4, False),
@@ -116,8 +116,8 @@ def test_stopped_after_the_end_is_not_taken_for_nothing(tiny_checkpoint, rows, u
 
 def test_scored_rows_are_not_scored_again(tiny_checkpoint, rows, tmp_path, monkeypatch):
     output, calls = tmp_path / "out.jsonl", []
-    real = Scorer.score_rendered
-    monkeypatch.setattr(Scorer, "score_rendered", lambda self, them: (calls.append(len(them)), real(self, them))[1])
+    real = Scorer.score_each
+    monkeypatch.setattr(Scorer, "score_each", lambda self, them: (calls.append(len(them)), real(self, them))[1])
     assert score(tiny_checkpoint, rows, "--output", tmp_path / "whole.jsonl") == 0
     whole = list(calls)
     with pytest.MonkeyPatch.context() as patch:
@@ -184,9 +184,9 @@ def test_a_resumed_run_groups_rows_as_before_whatever_the_plan_would_be_now(tiny
         assert main([*command, str(output), "--resume", *more]) == 2
         assert message in capfd.readouterr().err
     calls = []
-    real = Scorer.score_rendered
+    real = Scorer.score_each
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scorer, "score_rendered", lambda self, them: (calls.append(self.plan), real(self, them))[1])
+        patch.setattr(Scorer, "score_each", lambda self, them: (calls.append(self.plan), real(self, them))[1])
         assert main([*command, str(output), "--resume", "--memory", "cpu=1GiB"]) == 0
     assert len(calls) > 2 and calls[0].token_budget == 24
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -254,3 +254,16 @@ def test_sigterm_and_ctrl_c_say_how_to_go_on(tiny_checkpoint, tmp_path):
         assert "Traceback" not in said
     assert score(tiny_checkpoint, rows, "--output", output, "--resume") == 0
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_resuming_what_is_finished_succeeds_and_says_so(tiny_checkpoint, rows, tmp_path, capfd, suffix):
+    """A queue that starts a job again must not see an error because the job had ended."""
+    output = tmp_path / f"out.{suffix}"
+    assert score(tiny_checkpoint, rows, "--output", output) == 0
+    before = output.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.batch.run.open_checkpoint", lambda _: pytest.fail("nothing needs the model"))
+        assert score(tiny_checkpoint, rows, "--output", output, "--resume") == 0
+    assert "is finished; there is nothing left to score" in capfd.readouterr().err
+    assert output.read_bytes() == before

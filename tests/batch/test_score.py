@@ -15,13 +15,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 
 from runtime.batch.engine import score_window
 from runtime.batch.reader import ScoreInput
-from runtime.common.errors import ConfigurationError, NonFiniteError
+from runtime.common.errors import ConfigurationError
 from runtime.conversations.conversation import PreferencePair
 from runtime.conversations.row_shapes import parse_row
+from runtime.execution.nonfinite import nonfinite_error
 from runtime.score import main, parse
 from runtime.scorer import Scorer
 from tests.helpers.tiny_score import assistant, mixed_rows, read_jsonl, score, user, write_jsonl
@@ -196,15 +196,13 @@ def test_strict_stops_and_the_mended_input_is_resumed(tiny_checkpoint, tmp_path,
 
 def overflowing(monkeypatch: pytest.MonkeyPatch, is_bad) -> None:
     """A scorer that has no finite score for some renderings."""
-    real = Scorer.score_rendered
+    real = Scorer.score_each
 
-    def score_rendered(self, rendered):
-        for number, each in enumerate(rendered):
-            if is_bad(each):
-                raise NonFiniteError(f"block 1: a non-finite activation in conversation {number}; look")
-        return real(self, rendered)
+    def score_each(self, rendered):
+        results = zip(rendered, real(self, rendered), strict=True)
+        return [nonfinite_error(1) if is_bad(each) else result for each, result in results]
 
-    monkeypatch.setattr(Scorer, "score_rendered", score_rendered)
+    monkeypatch.setattr(Scorer, "score_each", score_each)
 
 
 def test_a_row_that_overflows_does_not_take_its_window_along(tiny_checkpoint, scorer, tmp_path, monkeypatch):
@@ -215,7 +213,7 @@ def test_a_row_that_overflows_does_not_take_its_window_along(tiny_checkpoint, sc
     overflowing(monkeypatch, lambda rendered: len(rendered.token_ids) > 90)
     assert score(tiny_checkpoint, path, "--output", output, budget=1000) == 0
     first, second, third = read_jsonl(output)
-    assert second["error"] == "rows.jsonl:2: block 1: a non-finite activation in conversation 1; look"
+    assert second["error"] == "rows.jsonl:2: " + str(nonfinite_error(1))
     assert first["scores"] == pytest.approx(third["scores"], abs=1e-6)
     assert score(tiny_checkpoint, path, "--strict", budget=1000) == 2
 
@@ -236,12 +234,12 @@ def test_a_model_that_overflows_everywhere_ends_the_run(damaged, rows_file, tmp_
 
 def test_a_window_is_scored_in_one_call(scorer, monkeypatch):
     calls = []
-    monkeypatch.setattr(Scorer, "score_rendered", lambda self, all: (calls.append(len(all)), torch.zeros(len(all)))[1])
+    monkeypatch.setattr(Scorer, "score_each", lambda self, all: (calls.append(len(all)), [0.0] * len(all))[1])
     rows = ScoreInput(
         (f"f:{number}", row) for number, row in enumerate([PAIR, 3, {"prompt": "Q", "responses": ["a"] * 3}])
     )
     (window,) = rows.windows(scorer.renderer, tokens=1000, truncate=False, strict=False)
-    records = score_window(scorer.scores, window, scorer.checkpoint)
+    records = score_window(scorer.score_each, window, scorer.checkpoint)
     assert [len(record.get("scores", [])) for record in records] == [2, 0, 3]
     assert calls == [5]
 

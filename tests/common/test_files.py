@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,15 @@ def test_a_locked_file_is_refused_until_its_holder_is_killed(tmp_path):
         holder.communicate()
     with open_locked(path, "ab+", Path("out")):
         assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("file", "rows")]
+
+
+def test_the_umask_is_read_without_changing_it(tmp_path, monkeypatch):
+    """Another thread may create a file at any moment."""
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was set"))
+        write_file_atomically(tmp_path / "a", "text")
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+    finally:
+        monkeypatch.undo()
+        os.umask(before)

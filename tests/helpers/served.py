@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 import uvicorn
 from fastapi import FastAPI
 
@@ -20,10 +19,10 @@ from runtime.api.application import make_api
 from runtime.api.options import Limits
 from runtime.api.server import Server, listen
 from runtime.api.service import Service
-from runtime.common.errors import NonFiniteError
 from runtime.conversations.rendering import RenderedConversation
 from runtime.evaluation.variant import Variant
-from runtime.scorer import Scorer
+from runtime.execution.nonfinite import nonfinite_error
+from runtime.scorer import Scorer, ScoreResult
 
 QUESTION = "Tips for better sleep?"
 RESPONSES = ["Keep a regular bedtime.", "idk lol", "Sleep {with} <|im_end|> typed, naïve 日本 🙂"]
@@ -70,7 +69,7 @@ def send(api: FastAPI, path: str, body: Any = None, method: str = "", **options:
 
 
 class Gate:
-    """A scorer that blocks until `open` is set; a conversation of `bad` tokens raises NonFiniteError."""
+    """A scorer that blocks until `open` is set; a conversation of `bad` tokens has no finite score."""
 
     def __init__(self, scorer: Scorer, bad: int = -1):
         self.checkpoint, self.plan, self.renderer = scorer.checkpoint, scorer.plan, scorer.renderer
@@ -79,14 +78,15 @@ class Gate:
         self.calls: list[list[int]] = []
         self._scorer, self._bad = scorer, bad
 
-    def score_rendered(self, rendered: Sequence[RenderedConversation]) -> torch.Tensor:
+    def score_each(self, rendered: Sequence[RenderedConversation]) -> list[ScoreResult]:
         self.calls.append([len(each.token_ids) for each in rendered])
         self.entered.set()
         assert self.open.wait(30)
+        results = self._scorer.score_each(rendered)
         for row, each in enumerate(rendered):
             if len(each.token_ids) == self._bad:
-                raise NonFiniteError(f"conversation {row} has a non-finite score: the score head overflowed.")
-        return self._scorer.score_rendered(rendered)
+                results[row] = nonfinite_error(None)
+        return results
 
 
 def gate(service: Service, bad: int = -1) -> Gate:

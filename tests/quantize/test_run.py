@@ -161,7 +161,7 @@ def test_the_asymmetric_and_the_permuted_checkpoint_say_so(place):
 
 GPTQ_CONFIG = {
     "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True, "damp_percent": 0.05,
-    "true_sequential": True, "static_groups": False, "lm_head": False, "checkpoint_format": "gptq",
+    "true_sequential": True, "static_groups": True, "lm_head": False, "checkpoint_format": "gptq",
     "pack_dtype": "int32",
     "modules_in_block_to_quantize": [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],

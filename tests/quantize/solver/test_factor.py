@@ -35,6 +35,8 @@ def test_factor_gives_the_hessian_back_bit_for_bit(hessian: Tensor, activation_o
     damped = hessian.clone()
     damped.diagonal().add_(0.05 * hessian.diagonal())
     assert torch.equal(factor.into_hessian(), damped[factor.columns][:, factor.columns])
+    with pytest.raises(AttributeError):  # its storage was given away
+        factor.solve_in_place(hessian.clone())
 
 
 def test_first_to_be_quantized_comes_last(hessian: Tensor) -> None:
