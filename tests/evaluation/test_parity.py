@@ -274,7 +274,7 @@ def test_a_model_that_overflows_is_named(place, tmp_path, capfd):
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
     save_file(tensors, shard, metadata={"format": "pt"})
     assert compare(place, damaged, "--reference", place / "model") == 2
-    assert re.search(r"error: damaged: block 1.*counted from 0, two per pair", capfd.readouterr().err)
+    assert re.search(r"error: damaged: conversation \d+: block 1.*counted from 0, two per pair", capfd.readouterr().err)
 
 
 def test_model_options_reach_the_planner(place, monkeypatch):

@@ -142,7 +142,7 @@ def test_cancelling_stops_between_rows_and_leaves_the_queue(model, tmp_path, mon
         waiting.append(Future())
         return waiting[-1]
 
-    monkeypatch.setattr(model, "submit", never)
+    monkeypatch.setattr(model, "submit_each", never)
     threading.Timer(0.3, job.cancel).start()
     assert list(steps) == []
     assert job.cancelled and not job.finished and not job.failure and len(job.records) == done
@@ -151,7 +151,7 @@ def test_cancelling_stops_between_rows_and_leaves_the_queue(model, tmp_path, mon
 
 
 def test_a_full_queue_is_waited_for(model, tmp_path, monkeypatch):
-    submit, refused = model.submit, []
+    submit, refused = model.submit_each, []
 
     def busy_at_first(rendered):
         if len(refused) < 2:
@@ -159,7 +159,7 @@ def test_a_full_queue_is_waited_for(model, tmp_path, monkeypatch):
             raise ServerBusyError("full", 0)
         return submit(rendered)
 
-    monkeypatch.setattr(model, "submit", busy_at_first)
+    monkeypatch.setattr(model, "submit_each", busy_at_first)
     assert whole(model, write_jsonl(tmp_path / "rows.jsonl", mixed_rows(4))).finished and len(refused) == 2
 
 
