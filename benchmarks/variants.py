@@ -51,10 +51,15 @@ from runtime.modeling.qwen2 import ScoreHead  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 
 FP8 = "gptq-4, fp8 products"
+FOUR_BITS = "gptq-4"  # among the arguments of another variant: this variant's directory
 NO_GRADIENTS = ["--no-score-gradients"]
 VARIANTS = {
     "gptq-8": ["--bits", "8"],
-    "gptq-4": ["--bits", "4"],
+    FOUR_BITS: ["--bits", "4"],
+    "gptq-4.25": ["--bits", "4.25", "--errors-of", FOUR_BITS],
+    "gptq-4.5": ["--bits", "4.5", "--errors-of", FOUR_BITS],
+    "gptq-4.5, by rounding": ["--bits", "4.5"],
+    "gptq-4, groups of 32": ["--group-size", "32"],
     FP8: ["--bits", "4"],
     "nf4": ["--method", "nf4"],
     "nf4, plain": ["--method", "nf4", "--rows", "0"],
@@ -187,7 +192,7 @@ class Setting:
 
     def measure(self, name: str, seed: int) -> Outcome:
         """Make a variant from one draw of rows and compare its scores."""
-        output = self.make("gptq-4" if name == FP8 else name, seed)
+        output = self.make(FOUR_BITS if name == FP8 else name, seed)
         hidden = self.hidden_states(f"{name}.{seed}", str(output), self.pairs)
         report = read_report(output / JSON_FILE)
         repaired, original = (by_pair(head(hidden)) for head in (read_head(open_checkpoint(output)), self.head))
@@ -205,7 +210,8 @@ class Setting:
             command = ["--model", self.model, "--output", str(output), "--parity-pairs", "2", "--resume"]
             if self.calibration:
                 command += ["--calibration", str(self.calibration), "--max-tokens", str(self.max_tokens)]
-            command += ["--dtype", self.dtype, "--seed", str(seed), *VARIANTS[name]]
+            command += ["--dtype", self.dtype, "--seed", str(seed)]
+            command += [str(self.make(each, seed)) if each == FOUR_BITS else each for each in VARIANTS[name]]
             inputs = read_inputs(parse_quantize(command))  # for the number of tokens, outside the time
             start = time.perf_counter()
             assert quantize(command) == 0, name
