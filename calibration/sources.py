@@ -125,7 +125,10 @@ def list_files(source: str | Path | None) -> list[Path]:
     """
     if source is None:
         return sorted(BUNDLED.glob("*.jsonl"))
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:  # ~name of no user
+        path = Path(source)
     if path.is_file():
         return [path]
     if path.is_dir():

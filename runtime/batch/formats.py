@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -34,15 +32,14 @@ def is_scores_file(path: Path) -> bool:
 
 def encode_jsonl(records: Iterable[OutputRecord]) -> bytes:
     """One object per line; keys that do not apply to a row are absent."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(lines).encode(errors="backslashreplace")  # a lone surrogate becomes its JSON escape
 
 
 def encode_csv(records: Iterable[OutputRecord]) -> bytes:
     """One line per record, in the columns of `CSV_HEADER`. Lists are JSON; cells that do not apply are empty."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerows([_cell(record.get(column, "")) for column in COLUMNS] for record in records)
-    return text.getvalue().encode()
+    lines = (",".join(_cell(record.get(column, "")) for column in COLUMNS) + "\n" for record in records)
+    return "".join(lines).encode(errors="backslashreplace")
 
 
 ENCODERS: dict[str, Callable[[Iterable[OutputRecord]], bytes]] = {".jsonl": encode_jsonl, ".csv": encode_csv}
@@ -88,5 +85,7 @@ def _with_id_as_text(record: OutputRecord) -> OutputRecord:
     return record | {"id": str(record["id"])} if "id" in record else record
 
 
-def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
+def _cell(value: Any) -> str:
+    """A CSV cell, quoted where it must be. The csv module does not quote a carriage return, which ends a line."""
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
+    return '"' + text.replace('"', '""') + '"' if any(character in text for character in ',"\r\n') else text

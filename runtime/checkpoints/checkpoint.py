@@ -7,6 +7,7 @@ tensor with the config, and checks that the score head is finite. Code and pickl
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ from runtime.checkpoints.quantization_parsing import read_quantization_config
 from runtime.checkpoints.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors_file, read_tensor
 from runtime.checkpoints.source import checkpoint_name, find_directory
 from runtime.checkpoints.tensor_spec import check_layout, is_ignored, read_nf4_quant_state
-from runtime.common.errors import CheckpointError
+from runtime.common.errors import CheckpointError, printable
 from runtime.common.files import sha256_of
 from runtime.common.json_object import read_json_object
 from runtime.conversations.rendering import Renderer
 
+LONGEST_FILE_NAME = 255  # bytes; the limit of common file systems
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -147,7 +149,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig, QuantizationC
     config = read_json_object(path)
     try:
         model_config = ModelConfig.from_config(config, str(path))
-    except (TypeError, ValueError, AttributeError) as error:  # such as a string instead of a number
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:  # such as a string instead of a number
         raise CheckpointError(f"{path} has a value of the wrong type ({error}); download it again.") from error
     quantization_entry = config.get("quantization_config")
     if quantization_entry is None:
@@ -185,8 +187,10 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} has no weight_map; download or write it again.")
     for name, file in weight_map.items():
         plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
-        if not plain:
-            raise CheckpointError(f"{path} puts {name} in {file!r}; a .safetensors file beside the index was expected.")
+        if not plain or len(os.fsencode(printable(file))) > LONGEST_FILE_NAME:
+            raise CheckpointError(
+                f"{path} puts {name} in {file!r:.100}; a .safetensors file beside the index was expected."
+            )
     return weight_map
 
 

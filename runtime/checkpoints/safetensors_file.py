@@ -32,6 +32,7 @@ _DTYPES = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
+MAX_DIMENSIONS = 8  # of a tensor; those of these models have two at most
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,14 @@ def _read_header(stream: BinaryIO, size: int, file: Path) -> bytes:
 
 def _parse_header(header: bytes, file: Path) -> dict[str, Any]:
     try:
-        entries = json.loads(header, object_pairs_hook=_reject_duplicate_keys)
-        if not isinstance(entries, dict):
-            raise ValueError(f"it is a {type(entries).__name__}")
-    except (ValueError, RecursionError) as error:
+        if not header.startswith(b"{"):  # the format has no byte order mark and no space before it
+            raise ValueError("it does not begin with a brace")
+        text = header.decode()  # the json module would take UTF-16 and UTF-32 too
+        entries = json.loads(text, object_pairs_hook=_reject_duplicate_keys, parse_constant=_reject_constant)
+        "".join(entries).encode()  # refuses lone surrogates
+        if not all(isinstance(text, str) for text in entries.get("__metadata__", {}).values()):
+            raise ValueError("__metadata__ holds other values than texts")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: the header is not a safetensors header ({error}); {_DAMAGED}.") from error
     return {name: entry for name, entry in entries.items() if name != "__metadata__"}
 
@@ -119,12 +124,18 @@ def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _tensor_info(name: str, entry: Any, start: int, file: Path) -> TensorInfo:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {name} is described by {entry!r:.200}; {_DAMAGED}.") from error
-    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+    if len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"{file}: {name} has {len(shape)} dimensions; {_DAMAGED}.")
+    if any(type(number) is not int or not 0 <= number < 1 << 64 for number in (*shape, begin, end)):
         raise CheckpointError(f"{file}: {name} has shape {list(shape)} at bytes {begin!r} to {end!r}; {_DAMAGED}.")
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise CheckpointError(f"{file}: {name} has dtype {kind!r}; one of {', '.join(_DTYPES)} was expected.")

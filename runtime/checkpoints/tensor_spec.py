@@ -166,7 +166,7 @@ def read_nf4_quant_state(tensors: Mapping[str, Tensor], shape: tuple[int, int]) 
     try:
         state = json.loads(tensors[NF4_QUANT_STATE].cpu().numpy().tobytes())
         found = {key: state.get(key) for key in ("quant_type", "blocksize", "shape")}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{NF4_QUANT_STATE} is not the JSON text that bitsandbytes writes ({error}).") from error
     expected: dict[str, Any] = {"quant_type": "nf4", "blocksize": NF4_BLOCKSIZE, "shape": list(shape)}
     if "weight.nested_absmax" in tensors:

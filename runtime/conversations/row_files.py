@@ -5,7 +5,6 @@ Rows are decoded but not interpreted; see `runtime.conversations.row_shapes`.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import gzip
 import json
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 
 from runtime.common.errors import ConversationError
 from runtime.conversations.row_shapes import PAIR_EXAMPLE
+from runtime.conversations.text_lines import decode_line, number_lines, read_lines, read_text
 
 INPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 _BATCH_ROWS = 64
@@ -51,7 +51,7 @@ def read_rows(path: Path, *, keep_errors: bool = False) -> Iterator[tuple[str, A
         elif path.name.endswith(".csv"):
             yield from _csv_rows(path, keep_errors)
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _jsonl_rows(_lines(path), keep_errors)
+            yield from _jsonl_rows(read_lines(path), keep_errors)
         else:
             yield from _json_rows(path, keep_errors)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -64,7 +64,7 @@ def read_rows(path: Path, *, keep_errors: bool = False) -> Iterator[tuple[str, A
 
 def read_jsonl_file(file: BinaryIO, name: str, *, keep_errors: bool = False) -> Iterator[tuple[str, Any]]:
     """Like `read_rows` for an open JSONL file such as standard input; locations are ``name:12``."""
-    return _jsonl_rows(_numbered(file, name), keep_errors)
+    return _jsonl_rows(number_lines(file, name), keep_errors)
 
 
 def count_rows(path: Path) -> int | None:
@@ -79,26 +79,11 @@ def count_rows(path: Path) -> int | None:
         return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))
 
 
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
-
-
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Location and bytes of every line, including its line end."""
-    with _open(path) as file:
-        yield from _numbered(file, path.name)
-
-
-def _numbered(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
-    for number, line in enumerate(file, start=1):
-        yield f"{name}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-
-
 def _jsonl_rows(lines: Iterable[tuple[str, bytes]], keep_errors: bool) -> Iterator[tuple[str, Any]]:
     for where, line in lines:
         row: Any
         try:
-            text = _decode(line, where)
+            text = decode_line(line, where)
             if not text.strip():
                 continue
             row = _parse(text, where)
@@ -107,16 +92,6 @@ def _jsonl_rows(lines: Iterable[tuple[str, bytes]], keep_errors: bool) -> Iterat
                 raise
             row = row_error
         yield where, row
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ConversationError(
-            f"{where}: byte {error.start + 1} of the line, 0x{data[error.start]:02x}, is not UTF-8; "
-            "save the file as UTF-8."
-        ) from None
 
 
 def _parse(text: str, where: str) -> Any:
@@ -134,12 +109,11 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _json_rows(path: Path, keep_errors: bool) -> Iterator[tuple[str, Any]]:
-    lines = _lines(path)
-    texts = ((where, _decode(line, where)) for where, line in lines)
-    where, first = next((line for line in texts if line[1].strip()), ("", ""))
+    lines = read_lines(path)
+    where, first = next((line for line in lines if line[1].strip()), ("", b""))
     try:
-        row = json.loads(first)
-    except (ValueError, RecursionError):
+        row = json.loads(decode_line(first, where))
+    except (ValueError, RecursionError, ConversationError):
         row = None  # the first line alone is no JSON
     if isinstance(row, dict) and not _is_columns(row):
         yield where, row
@@ -152,7 +126,7 @@ def _json_rows(path: Path, keep_errors: bool) -> Iterator[tuple[str, Any]]:
 def _whole_json(path: Path) -> list[Any]:
     """The rows of a JSON array or of an object of columns."""
     try:
-        value = json.loads("".join(_decode(line, where) for where, line in _lines(path)))
+        value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ConversationError(
             f"{path.name}:{error.lineno}: not JSON at column {error.colno} ({error.msg}); "
@@ -186,7 +160,7 @@ def _rows_of_columns(columns: dict[str, Any], name: str) -> list[dict[str, Any]]
 
 def _csv_rows(path: Path, keep_errors: bool) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(_LONGEST_CELL)
-    lines = csv.reader((_decode(line, where) for where, line in _lines(path)), strict=True)
+    lines = csv.reader((decode_line(line, where) for where, line in read_lines(path)), strict=True)
     try:
         header = [name.strip() for name in next(lines, [])]
         if "prompt" not in header or not {"chosen", "response"} & set(header):
@@ -194,8 +168,10 @@ def _csv_rows(path: Path, keep_errors: bool) -> Iterator[tuple[str, Any]]:
                 f"{path.name}:1: the columns are {', '.join(header)[:200] or 'none'}; the first line must name "
                 "prompt, chosen and rejected, or prompt and response."
             )
-        for cells in lines:
-            where = f"{path.name}:{lines.line_num}"
+        while True:
+            where = f"{path.name}:{lines.line_num + 1}"  # a row may span lines; it is placed at its first
+            if (cells := next(lines, None)) is None:
+                break
             if len(cells) == len(header):
                 yield where, _csv_row(dict(zip(header, cells, strict=True)))
             elif cells:
@@ -222,6 +198,18 @@ def _csv_row(cells: dict[str, str]) -> dict[str, Any]:
     return row | {name: cells[name] for name in texts[:3] if name in cells}
 
 
+def _parquet_values(column: Any) -> list[Any]:
+    """The values of a column; None where Python cannot hold them, such as a date in the year 30,000.
+
+    Texts always can be held, so that at most a column that no score depends on is lost.
+    """
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, ArithmeticError, LookupError, TypeError):
+        values = [None] * len(column)
+    return values
+
+
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow  # here because the import is slow and only Parquet needs it
     import pyarrow.parquet
@@ -230,8 +218,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for row in batch.to_pylist():
+                columns = [_parquet_values(column) for column in batch.columns]
+                for cells in zip(*columns, strict=True):
                     number += 1
-                    yield f"{path.name} row {number}", row
+                    yield f"{path.name} row {number}", dict(zip(batch.schema.names, cells, strict=True))
     except (pyarrow.ArrowException, ValueError) as error:
         raise ConversationError(f"{path} cannot be read as Parquet after row {number}: {error}") from error

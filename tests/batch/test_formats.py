@@ -71,3 +71,15 @@ def test_parquet_is_whole_or_absent(tmp_path):
     with pytest.raises(ValueError):
         write_parquet(tmp_path / "rows", tmp_path / "out.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\r\nb", "\r", 'say "x"', "a,b", " a ", "\ud800", "é\u2028"])
+def test_any_id_reads_back(tmp_path, text):
+    """A bare carriage return ends a line for CSV readers; a lone surrogate is no UTF-8."""
+    records = [{"where": "f:1", "id": text, "score": -0.5}, {"where": "f:2", "id": "b", "score": 1e-9}]
+    lines = csv.reader(io.StringIO((CSV_HEADER + encode_csv(records)).decode(), newline=""))
+    header, *rows = lines
+    written = text.encode(errors="backslashreplace").decode()
+    assert [dict(zip(header, row, strict=True))["id"] for row in rows] == [written, "b"]
+    assert [dict(zip(header, row, strict=True))["score"] for row in rows] == ["-0.5", "1e-09"]
+    assert [json.loads(line) for line in encode_jsonl(records).splitlines()] == records

@@ -178,3 +178,24 @@ def test_the_config_is_read_without_weights(tmp_path, tiny_checkpoint):
     for source in (tmp_path, str(tmp_path / "config.json")):
         config, model_config, quantization = read_config(source)
         assert (config, model_config, quantization) == (expected.config, expected.model_config, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": float("inf")}, "hidden_size is inf; a positive whole number was expected"),
+        ({"rope_theta": 10**400}, "config.json"),
+        ({"num_hidden_layers": [2]}, "config.json"),
+    ],
+)
+def test_numbers_that_are_none_are_named(damaged, changes, named):
+    change_json(damaged / "config.json", **changes)
+    assert named in refusal(damaged)
+
+
+def test_a_file_name_that_no_disk_takes_is_named(damaged):
+    index = {"weight_map": {"model.norm.weight": "x" * 5000 + ".safetensors"}}
+    (damaged / "model.safetensors").unlink()
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refusal(damaged)
+    assert "a .safetensors file beside the index was expected" in message and len(message) < 500

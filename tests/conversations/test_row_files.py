@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.common.errors import ConversationError
+from runtime.conversations import text_lines
 from runtime.conversations.row_files import count_rows, read_jsonl_file, read_rows
 
 ROWS = [
@@ -243,3 +245,64 @@ def test_a_csv_cell_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("runtime.conversations.row_files._LONGEST_CELL", 1000)
     with pytest.raises(ConversationError, match="field larger than field limit"):
         list(read_rows(write(tmp_path / "rows.csv", b'prompt,response\nQ,"' + b"x" * 2000 + b'"\n')))
+
+
+# ---- what fuzzing found ---------------------------------------------------------------------------------
+
+
+def test_a_csv_row_that_spans_lines_is_placed_at_its_first(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,response\n"a\nb\nc","d\ne"\n\nq,r\nq,r,s\n')
+    places = [where for where, _ in read_rows(path, keep_errors=True)]
+    assert places == ["rows.csv:2", "rows.csv:7", "rows.csv:8"]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_an_endless_line_is_that_row_s_error(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(text_lines, "LONGEST_LINE", 1000)
+    lines = [b'{"a": 1}', b'{"a": "' + b"x" * 5000 + b'"}', b'{"a": "' + b"y" * 900 + b'"}', b"z" * 3000]
+    data = b"\n".join(lines)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    rows = list(read_rows(tmp_path / name, keep_errors=True))
+    assert [where for where, _ in rows] == [f"{name}:{number}" for number in (1, 2, 3, 4)]
+    assert rows[0][1] == {"a": 1} and rows[2][1] == {"a": "y" * 900}
+    for where, error in (rows[1], rows[3]):
+        assert str(error).startswith(f"{where}: the line has more than")
+
+
+def test_a_compressed_file_of_a_gigabyte_takes_little_memory(tmp_path):
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(256):
+            file.write(b" " * (1 << 20))
+    tracemalloc.start()
+    (row,) = read_rows(path, keep_errors=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "the line has more than 32 MiB" in str(row[1]) and peak < 160 << 20
+
+
+def test_a_whole_json_file_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_lines, "LONGEST_FILE", 100)
+    path = tmp_path / "rows.json"
+    path.write_text("[\n" + '{"messages": []},\n' * 50 + "{}]")
+    with pytest.raises(ConversationError, match=r"rows.json has more than 0 GiB; write it as JSONL"):
+        list(read_rows(path))
+
+
+def test_parquet_values_that_python_cannot_hold_are_left_out(tmp_path):
+    far, zone = [2**62, 1], [0, 1]
+    table = pyarrow.table(
+        {
+            "prompt": ["a", "b"],
+            "chosen": ["c", "d"],
+            "when": pyarrow.array(far, pyarrow.timestamp("us")),
+            "zone": pyarrow.array(zone, pyarrow.timestamp("us", tz="Nowhere/Land")),
+            "took": pyarrow.array(far, pyarrow.duration("s")),
+            "cost": pyarrow.array([1, 2], pyarrow.decimal128(38, 0)),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    rows = [row for _, row in read_rows(tmp_path / "rows.parquet")]
+    assert [(row["prompt"], row["chosen"]) for row in rows] == [("a", "c"), ("b", "d")]
+    assert rows[0]["when"] is None and rows[0]["zone"] is None and rows[0]["cost"] == 1
