@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from runtime.common.errors import ConversationError, KitError, in_conversation
+from runtime.common.terminal import CommandConsole
 from runtime.conversations.conversation import ChatMessage
 from runtime.conversations.rendering import RenderedConversation
 from runtime.execution.block_loading import load_blocks, read_head
@@ -77,7 +77,7 @@ class Scorer:
         self.plan = plan or plan_placement(checkpoint, devices="cpu", dtype=precision, token_budget=token_budget)
         self.renderer = checkpoint.renderer()
         self._embedding = checkpoint.read("model.embed_tokens.weight")
-        self._device_blocks = load_blocks(checkpoint, self.plan, Console(stderr=True))
+        self._device_blocks = load_blocks(checkpoint, self.plan, CommandConsole())
         self.head = read_head(checkpoint, self._device_blocks[-1].device)
 
     @classmethod

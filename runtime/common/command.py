@@ -15,6 +15,7 @@ from rich.console import Console
 
 from runtime.common.errors import USER_FIXABLE_ERRNOS, KitError, describe_os_error
 from runtime.common.process_memory import keep_freed_memory
+from runtime.common.terminal import CommandConsole
 
 ERROR = 2
 STOPPED = 130
@@ -35,7 +36,7 @@ def run_command(
     traceback. Ctrl-C and SIGTERM print `resume_hint(options)`, with status 130.
     """
     keep_freed_memory()
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console = CommandConsole()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         options = parse(argv)

@@ -1,17 +1,42 @@
-"""Terminal output: tables, a progress line, byte sizes."""
+"""Terminal output: the console of all commands, tables, a progress line, byte sizes."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _UNITS = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class CommandConsole(Console):
+    """Standard error, where all commands print.
+
+    Names of files and tensors, categories and messages of libraries come from outside. Their control characters are
+    printed as escapes, so that they cannot move the cursor or rewrite what was printed; nothing in them is markup.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escape_control_characters(text), **options)
+
+
+def escape_control_characters(text: str) -> str:
+    """Replace what is not printable, except line ends and tabs, by Python's escapes."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else ascii(character)[1:-1] for character in text
+    )
 
 
 def print_table(rows: Sequence[Sequence[str]], console: Console, title: str = "") -> None:
