@@ -80,6 +80,10 @@ class CheckpointWriter:
         """Write `config.json` and `quantize_config.json`, without `auto_map`: it would run code from the checkpoint."""
         config = {key: value for key, value in self.source.config.items() if key != "auto_map"}
         config["architectures"] = ["Qwen2ForRewardModel"]
+        # Readers older and newer than transformers 5 look for different names.
+        dtype = str(self.source.model_config.dtype).removeprefix("torch.")
+        names = {"dtype": dtype, "torch_dtype": dtype, "rope_theta": self.source.model_config.rope_theta}
+        config = names | config
         config["quantization_config"] = self.quantization.to_config()
         write_file_atomically(self.output / "config.json", _json(config))
         write_file_atomically(self.output / "quantize_config.json", _json(self.quantization.to_config()))

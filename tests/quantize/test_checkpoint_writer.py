@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from quantize.sweep.checkpoint_writer import CheckpointWriter
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -90,6 +91,18 @@ def test_the_config_keeps_what_it_does_not_know_and_drops_what_would_run_code(wr
     assert config["architectures"] == ["Qwen2ForRewardModel"]
     assert config["quantization_config"] == json.loads((writer.output / "quantize_config.json").read_text())
     assert config["hidden_size"] == source.config["hidden_size"]
+
+
+def test_the_config_has_the_names_of_older_and_newer_readers(writer, source):
+    newer = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "rope_theta")}
+    newer |= {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    (source.directory / "config.json").write_text(json.dumps(newer))
+    CheckpointWriter(writer.output, open_checkpoint(source.directory), writer.quantization).write_config()
+    config = json.loads((writer.output / "config.json").read_text())
+    assert (config["torch_dtype"], config["dtype"], config["rope_theta"]) == ("bfloat16", "bfloat16", 10000.0)
+    assert config["rope_parameters"] == newer["rope_parameters"]
+    read = AutoConfig.from_pretrained(writer.output)
+    assert (read.dtype, read.rope_parameters["rope_theta"]) == (torch.bfloat16, 10000.0)
 
 
 def test_the_tokenizer_is_copied_without_truncation_and_padding(writer, source):
