@@ -42,7 +42,7 @@ class Subject(BaseModel):
 
     model: str
     method: str
-    bits: float
+    bits: int | float  # whole numbers stay whole in parity.json
     bits_per_weight: float
     group_size: int = -1
     reference: str = "the unquantized model"
