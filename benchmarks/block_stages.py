@@ -58,7 +58,10 @@ def stage_seconds(
                 lambda t=targets, c=correction, f=factor, each=linear, w=total: t.append(c.target(each, f, w))
             )
             stages["solve"] += once(lambda t=targets, f=factor, s=solved: s.append(solve(t[-1], f, settings)))
-        stages["refine"] += once(factor.into_hessian)
+        given: list = []
+        stages["refine"] += once(lambda f=factor, g=given: g.append(f.into_hessian()))
         for target, each in zip(targets, solved, strict=True):
-            stages["refine"] += once(lambda t=target, s=each, f=factor: coordinate_descent(t, s, f.upper, f, settings))
+            stages["refine"] += once(
+                lambda t=target, s=each, f=factor, g=given: coordinate_descent(t, s, g[0], f, settings)
+            )
     return stages

@@ -278,6 +278,7 @@ class Bench:
         return QuantizationPlan(
             self.model_config,
             self.quantization,
+            self.quantization.bits,
             TokenCounts(tokens, 0, tokens),
             calibrated=True,
             correction=True,

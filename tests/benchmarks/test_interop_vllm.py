@@ -102,3 +102,12 @@ def test_vllm_gives_our_scores(prepared):
     assert len(lines) == 7
     for line in lines:
         assert line["difference"]["max"] < worst[line["dtype"]], line
+
+
+@pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="needs vLLM, in an environment that VLLM_PYTHON names")
+def test_vllm_reads_the_rules_of_mixed_bits(prepared, tmp_path):
+    mixed = tmp_path / "mixed"
+    assert quantize(prepared / "model", prepared / "pairs.jsonl", mixed, "--group-size", "64", "--bits", "5") == 0
+    interop(sys.executable, "prepare", mixed, "--output", "mixed.json", "--count", "2", cwd=prepared)
+    (line,) = interop(os.environ["VLLM_PYTHON"], "rules", "mixed.json", cwd=prepared)
+    assert line == {"model": "mixed", "linears": 8, "read_alike": 8}
