@@ -8,18 +8,63 @@ generated further turns.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from runtime.common.errors import ConversationError
 from runtime.conversations.conversation import ChatMessage
 
-_CHATML = re.compile(r"<\|im_start\|>([\w-]+)\n")
-_LLAMA3 = re.compile(r"<\|start_header_id\|>([\w-]+)<\|end_header_id\|>\n\n")
-_PLAIN = re.compile(r"(?:\A|\n)(User|Human|Assistant): ?")
-_PLAIN_ROLES = {"User": "user", "Human": "user", "Assistant": "assistant"}
-_LEADING_SPECIAL_TOKENS = re.compile(
-    r"(?:<\|begin_of_text\|>|<\|endoftext\|>|<\|finetune_right_pad_id\|>|<s>|<bos>|<pad>)*"
+
+@dataclass(frozen=True)
+class _Template:
+    """How a chat template marks turns.
+
+    Attributes:
+        opening: starts a turn; its group names the role.
+        ending: what may follow a turn's text.
+        roles: by the name in the template, if that is another.
+        system_first: whether text before the first turn is the system's.
+        padded: whether spaces around a turn's text belong to the template.
+    """
+
+    opening: re.Pattern[str]
+    ending: re.Pattern[str]
+    roles: Mapping[str, str] = field(default_factory=dict)
+    system_first: bool = False
+    padded: bool = False
+
+
+_PLAIN = _Template(
+    re.compile(r"(?:\A|\n)(User|Human|Assistant): ?"),
+    re.compile(r"\n\Z"),  # of a blank line between turns
+    {"User": "user", "Human": "user", "Assistant": "assistant"},
 )
-_TURN_END = re.compile(r"(?:<\|im_end\|>|<\|eot_id\|>)\n?\Z")
+_TEMPLATES = (
+    _Template(re.compile(r"<\|im_start\|>([\w-]+)\n"), re.compile(r"<\|im_end\|>\n?\Z")),  # ChatML: Qwen and others
+    _Template(re.compile(r"<\|start_header_id\|>([\w-]+)<\|end_header_id\|>\n\n"), re.compile(r"<\|eot_id\|>\n?\Z")),
+    _Template(
+        re.compile(r"<start_of_turn>([\w-]+)\n"), re.compile(r"<end_of_turn>\n?\Z"), {"model": "assistant"}
+    ),  # Gemma
+    _Template(re.compile(r"<\|(system|user|assistant)\|>\n"), re.compile(r"(?:</s>|<\|end\|>)\n?\Z")),  # Zephyr, Phi-3
+    _Template(
+        re.compile(r"(\[INST\]|\[/INST\])"),
+        re.compile(r"</s>(?:<s>)?\Z"),
+        {"[INST]": "user", "[/INST]": "assistant"},
+        padded=True,
+    ),  # Mistral, Llama 2
+    _PLAIN,
+    _Template(
+        re.compile(r"<｜(User|Assistant)｜>"),
+        re.compile(r"<｜end▁of▁sentence｜>\Z"),
+        {"User": "user", "Assistant": "assistant"},
+        system_first=True,
+    ),  # DeepSeek
+)
+_SYSTEM_IN_TURN = re.compile(r"\A\s*<<SYS>>\n(.*?)\n<</SYS>>\n\n", re.DOTALL)  # Llama 2
+_SYSTEM_BEFORE_TURNS = re.compile(r"\A\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]", re.DOTALL)  # Mistral
+_LEADING_SPECIAL_TOKENS = re.compile(
+    r"(?:<\|begin_of_text\|>|<\|endoftext\|>|<\|finetune_right_pad_id\|>|<｜begin▁of▁sentence｜>|<s>|<bos>|<pad>)*"
+)
 _END_TOKENS: tuple[str, ...] = (
     "<|im_end|>",
     "<|eot_id|>",
@@ -27,12 +72,22 @@ _END_TOKENS: tuple[str, ...] = (
     "<|endoftext|>",
     "<|end_of_text|>",
     "<|finetune_right_pad_id|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+    "<eos>",
+    "<pad>",
 )
-_END_TOKENS += ("</s>", "<eos>", "<pad>")
+_TEMPLATE_TOKEN = re.compile(
+    r"<\|[A-Za-z][\w.-]{0,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|\[/?SYSTEM_PROMPT\]"
+)
 
 
 def read_policy_text(text: str, prompt: str | None = None, where: str = "") -> list[ChatMessage]:
-    """Parse a transcript in ChatML, in the Llama-3 template, or in plain text with `User:` and `Assistant:`.
+    """Parse a transcript in the template of a policy, or in plain text with `User:` and `Assistant:`.
+
+    Known templates: ChatML (Qwen), Llama 2 and 3, Gemma, Mistral, DeepSeek, Zephyr and Phi-3.
 
     Args:
         text: prompt and response.
@@ -41,21 +96,38 @@ def read_policy_text(text: str, prompt: str | None = None, where: str = "") -> l
         where: names the text in errors.
 
     Raises:
-        ConversationError: `text` does not start with a turn in any of these formats.
+        ConversationError: `text` does not start with a turn in any of these formats, or a prompt has tokens of another
+            template.
     """
-    text = text[_LEADING_SPECIAL_TOKENS.match(text).end() :]  # type: ignore[union-attr]  # it also matches the empty string
+    text = _strip_leading_tokens(text)
     if prompt is not None:
-        prompt = prompt[_LEADING_SPECIAL_TOKENS.match(prompt).end() :]  # type: ignore[union-attr]
+        prompt = _strip_leading_tokens(prompt)
         if prompt.strip() and text.startswith(prompt):
-            return _append_response(_read_turns(prompt) or [{"role": "user", "content": prompt}], text[len(prompt) :])
-    turns = _read_turns(text)
-    if turns is None:
+            turns, padded = _read_turns(prompt) or ([_plain_prompt(prompt, where)], False)
+            return _append_response(turns, text[len(prompt) :].removeprefix(" " if padded else ""))
+    found = _read_turns(text)
+    if found is None:
         raise ConversationError(
-            f"{where or 'text'}: no turns were found; write them in ChatML, in the Llama-3 template, or as "
-            "'User: ...' and 'Assistant: ...' on separate lines, or send messages."
+            f"{where or 'text'}: no turns were found; write them in ChatML, in the template of Llama, Gemma, Mistral, "
+            "DeepSeek, Zephyr or Phi-3, or as 'User: ...' and 'Assistant: ...' on separate lines, or send messages."
         )
+    turns = found[0]
     turns[-1]["content"] = _strip_end_tokens(turns[-1]["content"])
     return turns
+
+
+def _strip_leading_tokens(text: str) -> str:
+    return text[_LEADING_SPECIAL_TOKENS.match(text).end() :]  # type: ignore[union-attr]  # it also matches nothing
+
+
+def _plain_prompt(prompt: str, where: str) -> ChatMessage:
+    """A prompt without turns as the user's message. A template that is not known would otherwise become text."""
+    if token := _TEMPLATE_TOKEN.search(prompt):
+        raise ConversationError(
+            f"{where or 'text'}: the prompt has {token[0]!r}, a token of a chat template that is not known here; send "
+            "messages."
+        )
+    return {"role": "user", "content": prompt}
 
 
 def _append_response(turns: list[ChatMessage], response: str) -> list[ChatMessage]:
@@ -80,13 +152,33 @@ def _strip_end_tokens(text: str) -> str:
         end = behind - len(token)
 
 
-def _read_turns(text: str) -> list[ChatMessage] | None:
-    """The turns, or None if the text does not start with one."""
-    for pattern in (_CHATML, _LLAMA3, _PLAIN):
-        if pattern.match(text):
-            names, contents = pattern.split(text)[1::2], pattern.split(text)[2::2]
-            return [
-                {"role": _PLAIN_ROLES.get(name, name), "content": _TURN_END.sub("", content)}
-                for name, content in zip(names, contents, strict=True)
-            ]
+def _read_turns(text: str) -> tuple[list[ChatMessage], bool] | None:
+    """The turns and whether their template pads them; None if the text does not start with a turn."""
+    before = ""
+    if system := _SYSTEM_BEFORE_TURNS.match(text):
+        before, text = system[1], text[system.end() :]
+    for template in _TEMPLATES:
+        own = text.lstrip("\n")
+        first = template.opening.search(own) if template.system_first else template.opening.match(own)
+        if first:
+            lead, *parts = template.opening.split(own)
+            turns = _turns_of(template, parts)
+            if system_text := before or lead:
+                turns.insert(0, {"role": "system", "content": system_text})
+            return turns, template.padded
     return None
+
+
+def _turns_of(template: _Template, parts: list[str]) -> list[ChatMessage]:
+    """Turns from alternating names and texts."""
+    turns: list[ChatMessage] = []
+    for number, (name, content) in enumerate(zip(parts[::2], parts[1::2], strict=True), 1):
+        if template is not _PLAIN or 2 * number < len(parts):  # a line break at the end of a text is its own
+            content = template.ending.sub("", content)
+        if template.padded:
+            if system := _SYSTEM_IN_TURN.match(content):
+                turns.append({"role": "system", "content": system[1]})
+                content = content[system.end() :]
+            content = content.strip(" ")
+        turns.append({"role": template.roles.get(name, name), "content": content})
+    return turns

@@ -53,6 +53,98 @@ def test_a_plain_prompt_and_what_follows_it():
     ]
 
 
+def gemma(turns):
+    names = {"assistant": "model"}
+    parts = [
+        f"<start_of_turn>{names.get(each['role'], each['role'])}\n{each['content']}<end_of_turn>\n" for each in turns
+    ]
+    return "<bos>" + "".join(parts)
+
+
+def zephyr(turns):
+    return "".join(f"<|{each['role']}|>\n{each['content']}</s>\n" for each in turns)
+
+
+def phi(turns):
+    return "".join(f"<|{each['role']}|>\n{each['content']}<|end|>\n" for each in turns)
+
+
+def deepseek(turns):
+    names = {"system": "", "user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
+    ends = {"assistant": "<｜end▁of▁sentence｜>"}
+    parts = [names[each["role"]] + each["content"] + ends.get(each["role"], "") for each in turns]
+    return "<｜begin▁of▁sentence｜>" + "".join(parts)
+
+
+def mistral(turns, space=" "):
+    text = "<s>"
+    for each in turns:
+        content = space + each["content"]
+        text += {"user": f"[INST]{content}{space}[/INST]", "assistant": f"{content}</s>"}[each["role"]]
+    return text
+
+
+def llama2(turns):
+    if turns[0]["role"] != "system":
+        return mistral(turns).replace("</s>", " </s><s>")
+    system, first, *others = turns
+    content = f"<<SYS>>\n{system['content']}\n<</SYS>>\n\n{first['content']}"
+    return llama2([{"role": "user", "content": content}, *others])
+
+
+def compact_mistral(turns):
+    if turns[0]["role"] == "system":
+        return f"<s>[SYSTEM_PROMPT]{turns[0]['content']}[/SYSTEM_PROMPT]" + mistral(turns[1:], "").removeprefix("<s>")
+    return mistral(turns, "")
+
+
+def anthropic(turns):
+    names = {"user": "Human", "assistant": "Assistant"}
+    return "".join(f"\n\n{names[each['role']]}: {each['content']}" for each in turns)
+
+
+TEMPLATES = (gemma, zephyr, phi, deepseek, mistral, llama2, compact_mistral, anthropic)
+WITH_SYSTEM = (zephyr, phi, deepseek, llama2, compact_mistral)
+WORDS = st.text("ab \n.é你", min_size=1, max_size=12).map(str.strip).filter(bool)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@given(earlier=st.lists(st.tuples(WORDS, WORDS), max_size=2), question=WORDS, response=WORDS, system=st.none() | WORDS)
+def test_other_templates_are_read_back(template, earlier, question, response, system):
+    turns = turns_of([*earlier, (question, response)])
+    if system is not None and template in WITH_SYSTEM:
+        turns.insert(0, {"role": "system", "content": system})
+    text = template(turns)
+    assert read_policy_text(text) == turns
+    prompt = text[: text.rindex(response)]  # with the opening of the assistant's turn, as trainers send it
+    assert read_policy_text(prompt + response + "</s>", prompt) == turns
+    before_generation = template(turns[:-1])
+    if template is gemma:
+        assert read_policy_text(before_generation + response, before_generation)[-2:] == turns[-2:]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>why?<|END_OF_TURN_TOKEN|>",
+        "<|turn|>user\nwhy?",
+        "### why? [/INST]",
+        "<｜turn｜>why?",
+    ],
+)
+def test_an_unknown_template_is_refused(prompt):
+    """As one user message, its tokens would be scored as if the user had typed them."""
+    with pytest.raises(
+        ConversationError, match=r"^query\[0\]: the prompt has '.*', a token of a chat template that is not"
+    ):
+        read_policy_text(prompt + " because", prompt, "query[0]")
+
+
+def test_angle_brackets_of_users_are_no_template():
+    prompt = "Is a <| b |> c or x < y > z? See <div> and [INSTALL]."
+    assert read_policy_text(prompt + "yes", prompt)[0]["content"] == prompt
+
+
 INVENTED = "Fine.<|im_end|>\n<|im_start|>user\nThanks, perfect!<|im_end|>\n<|im_start|>assistant\nA pleasure."
 
 

@@ -31,12 +31,12 @@ class ClassifyRequest(CompatRequest):
 
     model_config = example({"text": POLICY_TEXTS})
 
-    text: Annotated[
-        OneOrMore | None, Field(description="SGLang: conversations as text in ChatML or Llama-3's template.")
-    ] = None
-    input: Annotated[
-        OneOrMore | None, Field(description="vLLM: conversations as text in ChatML or Llama-3's template.")
-    ] = None
+    text: Annotated[OneOrMore | None, Field(description="SGLang: conversations as text in a known chat template.")] = (
+        None
+    )
+    input: Annotated[OneOrMore | None, Field(description="vLLM: conversations as text in a known chat template.")] = (
+        None
+    )
     messages: Messages | None = None
     model: ModelName = None
     use_activation: NoActivation = None

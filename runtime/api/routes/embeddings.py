@@ -21,7 +21,7 @@ class EmbeddingsRequest(CompatRequest):
 
     model_config = example({"input": POLICY_TEXTS, "encoding_format": "float"})
 
-    input: Annotated[OneOrMore, Field(description="Conversations as text in ChatML or Llama-3's template.")]
+    input: Annotated[OneOrMore, Field(description="Conversations as text in a known chat template.")]
     model: ModelName = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Literal[1] | None = None

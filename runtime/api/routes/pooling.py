@@ -22,9 +22,7 @@ class PoolingRequest(CompatRequest):
     model_config = example({"input": POLICY_TEXTS, "task": "token_classify", "use_activation": False})
 
     model: ModelName = None
-    input: Annotated[OneOrMore | None, Field(description="Conversations as text in ChatML or Llama-3's template.")] = (
-        None
-    )
+    input: Annotated[OneOrMore | None, Field(description="Conversations as text in a known chat template.")] = None
     messages: Messages | None = None
     task: Literal["token_classify", "classify"] = "token_classify"
     encoding_format: Literal["float"] = "float"

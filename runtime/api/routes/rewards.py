@@ -59,8 +59,8 @@ async def get_reward(
         Query(allow_inf_nan=False, description="Reward of a blank response; without it, a blank response is an error."),
     ] = None,
 ) -> RewardAnswer:
-    """Each query is parsed into turns (ChatML, Llama-3's template, or plain `User:` and `Assistant:`) and rendered in
-    the reward model's template.
+    """Each query is parsed into turns (ChatML, other known templates, or plain `User:` and `Assistant:`) and rendered
+    in the reward model's template.
     """
     queries = as_list(body.query)
     scorer.check_count(len(queries), "query")
