@@ -8,11 +8,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from runtime.conversations.conversation import ChatMessage
 
+Unavailable = Annotated[
+    Literal[False] | None,
+    Field(description="Must be false, null or absent: this would change the scores, and is not available."),
+]
+
 
 class CompatRequest(BaseModel):
-    """Base of requests in another server's format: strict types, unknown fields are ignored."""
+    """Base of requests in another server's format: strict types; unknown fields that change no score are ignored."""
 
     model_config = ConfigDict(strict=True)
+
+    activation: Unavailable = None
+    softmax: Unavailable = None
+    truncate_prompt_tokens: Unavailable = None
+    chat_template: Unavailable = None
+    max_tokens_per_doc: Unavailable = None
 
 
 class NativeRequest(BaseModel):
