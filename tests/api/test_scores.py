@@ -75,11 +75,15 @@ def test_embeddings_in_base64_are_a_float32(service: Service):
     assert list(struct.unpack("<f", base64.b64decode(each["embedding"]))) == exact
 
 
-@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank"])
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
 def test_reranking_puts_the_best_first(service: Service, path: str):
     answer = send(api_of(service), path, {"query": QUESTION, "documents": RESPONSES, "top_n": 2}).json()
     expected = sorted(((local(service, text), index) for index, text in enumerate(RESPONSES)), reverse=True)[:2]
     assert [each["index"] for each in answer["results"]] == [index for _, index in expected]
+    every = send(
+        api_of(service), path, {"query": QUESTION, "documents": RESPONSES, "top_n": None, "model": None}
+    ).json()
+    assert len(every["results"]) == len(RESPONSES) and every["results"][:2] == answer["results"]
     scores = [each["relevance_score"] for each in answer["results"]]
     assert scores == [score for score, _ in expected]
     assert [each["document"]["text"] for each in answer["results"]] == [RESPONSES[index] for _, index in expected]
@@ -160,6 +164,7 @@ def test_models_health_and_metrics(tiny_checkpoint: Path):
     (card,) = send(api, "/v1/models").json()["data"]
     assert (card["id"], card["object"], card["max_model_len"]) == ("tiny", "model", 1024)
     assert send(api, "/health").json() == {"ready": True, "status": "ready", "models": ["tiny"]}
+    assert send(api, "/health", method="HEAD").status_code == 200
     send(api, "/v1/scores", {"conversations": [conversation("a"), conversation("b")], "model": "tiny"})
     send(api, "/v1/scores", {"conversations": [], "model": "tiny"})
     text = send(api, "/metrics").text

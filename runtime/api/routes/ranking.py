@@ -94,7 +94,9 @@ class RerankRequest(CompatRequest):
 
     query: str
     documents: Annotated[list[str], Field(min_length=1)]
-    top_n: Annotated[int, Field(ge=0, description="Number of documents to return, best first; 0 for all.")] = 0
+    top_n: Annotated[
+        Annotated[int, Field(ge=0)] | None, Field(description="Number of documents to return, best first; 0 for all.")
+    ] = None
     model: ModelName = None
     use_activation: NoActivation = None
 
@@ -124,6 +126,7 @@ class RerankAnswer(BaseModel):
 
 @router.post("/rerank", summary="Rank documents as responses to a query")
 @router.post("/v1/rerank", summary="Rank documents as responses to a query")
+@router.post("/v2/rerank", summary="Rank documents as responses to a query")
 async def rerank(body: RerankRequest, scorer: RequestScorerDep) -> RerankAnswer:
     """Best-of-N: the query is a user turn and each document a candidate response."""
     conversations = _responses([body.query] * len(body.documents), body.documents, "documents")

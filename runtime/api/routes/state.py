@@ -59,6 +59,7 @@ async def list_models(request: Request) -> ModelsAnswer:
     )
 
 
+@router.head("/health", include_in_schema=False)  # what load balancers ask
 @router.get(
     "/health",
     summary="Whether all models are loaded",
