@@ -23,8 +23,8 @@ FINER_GROUP_SIZE = 32  # the smallest that vLLM's Marlin kernel has
 
 def storage_options(base: QuantizationConfig) -> list[QuantizationConfig]:
     """The ways to store a linear of a mix: `base` first, then finer ones."""
-    widest = base.group_size == -1 or base.group_size > FINER_GROUP_SIZE
-    narrow = [replace(base, group_size=FINER_GROUP_SIZE)] if widest and base.group_size % FINER_GROUP_SIZE == 0 else []
+    divides = base.group_size > FINER_GROUP_SIZE and base.group_size % FINER_GROUP_SIZE == 0
+    narrow = [replace(base, group_size=FINER_GROUP_SIZE)] if divides else []
     return [base, *narrow, replace(base, bits=8)]
 
 

@@ -87,8 +87,12 @@ def _open_variant(source: str | None, checkpoint: Checkpoint) -> Checkpoint | No
     if source is None:
         return None
     variant = open_checkpoint(source)
-    if variant.quantization is None or variant.model_config != checkpoint.model_config:
-        raise ConfigurationError(f"--errors-of: {variant.directory} is no quantized variant of {checkpoint.name}.")
+    quantization = variant.quantization
+    uniform = quantization is not None and quantization.bits == 4 and not quantization.overrides
+    if not uniform or variant.model_config != checkpoint.model_config:
+        raise ConfigurationError(
+            f"--errors-of: {variant.directory} is no variant of {checkpoint.name} with 4 bits for every linear."
+        )
     return variant
 
 

@@ -24,10 +24,12 @@ from runtime.common.errors import USER_FIXABLE_ERRNOS, JobError, KitError, descr
 from runtime.common.files import open_locked, sync_directory
 
 
-def is_finished(path: Path) -> bool:
-    """Whether `path` is the complete output of an earlier run."""
-    written = path.is_file() and path.stat().st_size > 0 and not progress_path(path).exists()
-    return written and is_scores_file(path)
+def is_finished(path: Path, source: str | Path) -> bool:
+    """Whether `path` is the complete output of an earlier run, and newer than its input if that is a file."""
+    if not path.is_file() or not path.stat().st_size or progress_path(path).exists() or not is_scores_file(path):
+        return False
+    changed = Path(source).is_file() and Path(source).stat().st_mtime > path.stat().st_mtime
+    return not changed
 
 
 class OutputWriter(Protocol):
@@ -155,8 +157,8 @@ class OutputFile:
             return
         if resume:
             raise JobError(
-                f"{self.path} has no {progress_path(self.path).name} next to it and was not written by this command; "
-                "remove it, or choose another --output."
+                f"{self.path} has no {progress_path(self.path).name} next to it: it was not written by this command, "
+                "or its input has changed since; remove it, or choose another --output."
             )
         raise JobError(f"{self.path} exists; remove it, or choose another --output.")
 

@@ -28,7 +28,7 @@ def run(options: ScoreOptions, console: Console) -> int:
     if options.model is None:
         console.print("No --model given, so this is the embedded demo. The real one: --model Qwen/WorldPM-72B")
 
-    if options.resume and options.output and is_finished(options.output):
+    if options.resume and options.output and is_finished(options.output, options.file):
         console.print(f"{options.output} is finished; there is nothing left to score.")
         return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -162,7 +163,7 @@ class QuantizationConfig:
 
     def _of_linear(self, name: str) -> QuantizationConfig:
         for override in self.overrides:
-            if re.match(override.pattern, name):
+            if _compiled(override.pattern).match(name):
                 return override.quantization
         return replace(self, overrides=()) if self.overrides else self
 
@@ -194,6 +195,12 @@ class QuantizationConfig:
             tensors["weight.nested_absmax"] = (torch.float32, (-(-blocks // NF4_NESTED_BLOCKSIZE),))
             tensors["weight.nested_quant_map"] = (torch.float32, (256,))
         return tensors
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Compiled patterns; the re module keeps 512 of them, and a rule per linear of the 72B takes 560."""
+    return re.compile(pattern)
 
 
 def packed_word_count(count: int, bits: int, what: str) -> int:

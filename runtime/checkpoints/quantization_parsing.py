@@ -15,7 +15,8 @@ from runtime.common.errors import CheckpointError
 # GPTQ options that change the meaning of the stored tensors, with the only supported value.
 _REQUIRED_GPTQ_OPTIONS = {"pack_dtype": "int32", "is_marlin_format": False, "rotation": None, "adapter": None}
 # Limits of `dynamic`. One rule per linear of the 72B is 560; a rule may list all blocks.
-_MAX_RULES, _MAX_PATTERN, _MAX_REPEATS = 1024, 4096, 4
+_MAX_RULES, _MAX_PATTERN, _MAX_PATHS = 1024, 4096, 1_000_000
+_NAME_LENGTH = 40  # of a linear; the ways in which one repetition can match it
 
 
 def read_quantization_config(config: dict[str, Any], where: str = "config.json") -> QuantizationConfig:
@@ -85,22 +86,31 @@ def _overrides(dynamic: Any, config: dict[str, Any], where: str) -> tuple[Overri
             raise _unsupported(where, f"{key}[{unknown[0]!r}]", options[unknown[0]], " or ".join(OVERRIDABLE_OPTIONS))
         pattern = rule.removeprefix("+:")
         if not _is_safe_pattern(pattern):
-            raise _unsupported(where, "dynamic", rule[:100], "a pattern that repeats no group")
+            raise _unsupported(where, "dynamic", rule[:100], "a simple pattern")
         merged = {key: value for key, value in config.items() if key != "dynamic"} | options
         overrides.append(Override(pattern, _gptq_from_config(merged, where)))
     return tuple(overrides)
 
 
 def _is_safe_pattern(pattern: str) -> bool:
-    """Whether matching takes bounded time: a repeated group, or many repetitions, may take exponential time."""
-    plain = re.sub(r"\\.", "x", pattern)  # an escaped character is no operator
-    if len(pattern) > _MAX_PATTERN or re.search(r"\)[*+?{]", plain) or len(re.findall(r"[*+{]", plain)) > _MAX_REPEATS:
-        return False
+    """Whether a name is matched in bounded time: of its ways to match, there must be at most `_MAX_PATHS`."""
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
         return False
-    return True
+    plain = re.sub(r"\\.", "x", pattern)  # an escaped character is no operator, and neither is one of a class
+    plain = re.sub(r"\[\^?\]?[^\]]*\]", "x", plain).replace("(?:", "(")
+    if len(pattern) > _MAX_PATTERN or "(?" in plain or re.search(r"\)[*+?{]", plain):
+        return False  # flags and lookarounds; a repeated group may take exponential time
+    paths, alternatives = _NAME_LENGTH ** len(re.findall(r"[*+?{]", plain)), [1]
+    for character in plain:
+        if character == "(":
+            alternatives.append(1)
+        elif character == "|":
+            alternatives[-1] += 1
+        elif character == ")":
+            paths *= alternatives.pop()
+    return paths * alternatives[0] <= _MAX_PATHS
 
 
 def _bitsandbytes_from_config(config: dict[str, Any], where: str) -> QuantizationConfig:

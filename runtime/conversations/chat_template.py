@@ -13,7 +13,8 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +131,28 @@ class _Worker:
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return self._process
+        self._forget()
         process = subprocess.Popen(
-            [sys.executable, "-I", str(WORKER)],
+            [sys.executable, "-I", str(WORKER), *_library_directories()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for this process
         )
         self._process, self._owner = process, os.getpid()
-        weakref.finalize(self, _stop, process, self._owner)
-        self._exchange(process, self._opening)
+        self._finalizer = weakref.finalize(self, _stop, process, self._owner)
+        try:
+            self._exchange(process, self._opening)
+        except _TemplateFailure:  # it has no template to answer with
+            self._forget()
+            raise
         return process
+
+    def _forget(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._finalizer()
+        self._process = None
 
     def _exchange(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> str:
         assert process.stdin is not None and process.stdout is not None
@@ -162,10 +174,9 @@ class _Worker:
 
     def _end(self, process: subprocess.Popen[bytes]) -> int:
         """Return the exit status of a process that ended by itself, or is ended here."""
-        self._process = None
         with suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
-        _stop(process, self._owner)
+        self._forget()
         return process.returncode
 
 
@@ -179,16 +190,24 @@ def _read_line(file: int) -> bytes:
     """Read up to the end of a line; empty if the process ended or did not answer within `WALL_SECONDS`."""
     deadline = time.monotonic() + WALL_SECONDS
     pieces: list[bytes] = []
+    poll = select.poll()  # select() takes no file above number 1023
+    poll.register(file, select.POLLIN)
     while not pieces or not pieces[-1].endswith(b"\n"):
-        ready, _, _ = select.select([file], [], [], max(deadline - time.monotonic(), 0))
-        if not ready or not (piece := os.read(file, 1 << 16)):
+        if not poll.poll(1000 * max(deadline - time.monotonic(), 0)) or not (piece := os.read(file, 1 << 16)):
             return b""
         pieces.append(piece)
     return b"".join(pieces)
 
 
+@cache
+def _library_directories() -> list[str]:
+    """Where the worker finds jinja2 and what it needs: `-I` hides the user's site and PYTHONPATH."""
+    specs = [find_spec(name) for name in ("jinja2", "markupsafe")]
+    return [str(Path(spec.origin).parent.parent) for spec in specs if spec and spec.origin]
+
+
 def _why_ended(status: int) -> str:
-    if status == -signal.SIGVTALRM:
+    if status == -signal.SIGPROF:
         return f"it takes more than {CPU_SECONDS:g} s of processor time"
     return f"its process ended with {f'signal {-status}' if status < 0 else f'status {status}'}"
 

@@ -15,6 +15,9 @@ import sys
 from datetime import datetime
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path.extend(sys.argv[1:])  # where the parent has jinja2
+
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -65,7 +68,7 @@ def limit(request_bytes: int) -> None:
     if resource is None:
         return
     seconds = CPU_SECONDS + CPU_SECONDS_PER_MEBIBYTE * request_bytes / (1 << 20)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     wanted = MEMORY_BYTES + MEMORY_PER_BYTE * request_bytes
     resource.setrlimit(resource.RLIMIT_AS, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
@@ -91,7 +94,7 @@ def main() -> None:
         limit(len(line))
         template, result = answer(template, json.loads(line))
         if resource is not None:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.buffer.write(json.dumps(result).encode() + b"\n")
         sys.stdout.buffer.flush()
 

@@ -29,11 +29,13 @@ def number_lines(file: BinaryIO, name: str) -> Iterator[tuple[str, bytes]]:
     """Location and bytes of every line. Of one above `LONGEST_LINE` one byte more is kept: `decode_line` refuses it."""
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
+        if not number and len(line) <= LONGEST_LINE:
+            line = line.removeprefix(codecs.BOM_UTF8)
         rest = line if len(line) > LONGEST_LINE else b""
         while rest and not rest.endswith(b"\n"):  # skip to the end of the line
             rest = file.readline(1 << 20)
         number += 1
-        yield f"{name}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        yield f"{name}:{number}", line
 
 
 def decode_line(data: bytes, where: str) -> str:

@@ -69,7 +69,7 @@ class DeviceBlocks:
 
     def _build(self, index: int, tensors: Tensors) -> Block:
         # Copies run on their own CUDA stream, so that they overlap with products. The block is safe to use, since that
-        # stream is synchronized below, and safe to free later, since `check_finite_hidden_states` waits for products.
+        # stream is synchronized below, and safe to free later, since `sweep` waits for products.
         with torch.cuda.stream(self._copy_stream) if self._copy_stream else nullcontext():
             on_device = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
             block = Block.from_tensors(

@@ -60,10 +60,11 @@ def check_precision(checkpoint: Checkpoint, precision: Precision) -> None:
     """
     if not precision.float8:
         return
-    quantization, shapes = checkpoint.quantization, map(checkpoint.model_config.linear_shape, BLOCK_LINEARS)
-    bits = quantization.nominal_bits(checkpoint.model_config) if quantization else 0
-    if quantization is None or (quantization.method, bits) != ("gptq", 4):
-        stored = "not quantized" if quantization is None else f"{quantization.method}, {bits:g} bits"
+    shapes = map(checkpoint.model_config.linear_shape, BLOCK_LINEARS)
+    blocks = map(checkpoint.block_quantization, range(checkpoint.model_config.num_hidden_layers))
+    found = {(each.method, each.bits) for block in blocks for each in (block or {}).values()}
+    if found != {("gptq", 4)}:
+        stored = " and ".join(f"{method}, {bits} bits" for method, bits in sorted(found)) or "not quantized"
         raise ConfigurationError(
             f"dtype is 'fp8', which needs 4-bit GPTQ weights; {checkpoint.directory} is {stored}, and fp8 would lose "
             "its extra precision, so use auto."

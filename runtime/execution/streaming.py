@@ -155,5 +155,7 @@ def sweep(
                 records[number].add(hidden, index)
                 hidden_states.write(number, hidden)
         hidden_states.swap_buffers()
+        if hidden_states.device.type == "cuda":  # products may still read the block, whose memory is used again
+            torch.cuda.current_stream(hidden_states.device).synchronize()
         del block  # before the iterator loads the next one
     return outputs, records

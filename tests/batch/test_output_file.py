@@ -122,20 +122,20 @@ def test_an_unfinished_output_wants_resume(path):
 def test_a_finished_or_foreign_output_is_left_alone(path, resume):
     path.parent.mkdir()
     path.write_bytes(b"somebody's")
-    with pytest.raises(JobError, match="not written by this command" if resume else "exists; remove it"):
+    with pytest.raises(JobError, match="it was not written by this command" if resume else "exists; remove it"):
         begin(path, resume=resume)
     assert [(each.name, each.read_bytes()) for each in path.parent.iterdir()] == [(path.name, b"somebody's")]
 
 
 def test_what_is_finished_is_known_by_its_content(path):
-    assert not is_finished(path)
+    assert not is_finished(path, "-")
     fill(path, WINDOWS[:1], finish=False)
-    assert not is_finished(path)
+    assert not is_finished(path, "-")
     shutil.rmtree(path.parent)
     fill(path)
-    assert is_finished(path)
+    assert is_finished(path, "-")
     path.write_bytes(b"somebody's")
-    assert not is_finished(path)
+    assert not is_finished(path, "-")
 
 
 def test_an_empty_file_is_taken(path, whole):

@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -259,7 +260,7 @@ def test_sigterm_and_ctrl_c_say_how_to_go_on(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_resuming_what_is_finished_succeeds_and_says_so(tiny_checkpoint, rows, tmp_path, capfd, suffix):
     """A queue that starts a job again must not see an error because the job had ended."""
-    output = tmp_path / f"out.{suffix}"
+    output, rows = tmp_path / f"out.{suffix}", Path(shutil.copy(rows, tmp_path / "rows.jsonl"))
     assert score(tiny_checkpoint, rows, "--output", output) == 0
     before = output.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
@@ -267,3 +268,6 @@ def test_resuming_what_is_finished_succeeds_and_says_so(tiny_checkpoint, rows, t
         assert score(tiny_checkpoint, rows, "--output", output, "--resume") == 0
     assert "is finished; there is nothing left to score" in capfd.readouterr().err
     assert output.read_bytes() == before
+    os.utime(rows, (time.time() + 60,) * 2)  # rows were added since
+    assert score(tiny_checkpoint, rows, "--output", output, "--resume") == 2
+    assert "or its input has changed since; remove it" in capfd.readouterr().err

@@ -101,10 +101,13 @@ def test_missing_options_take_the_writers_defaults():
         (GPTQ_CONFIG | {"dynamic": {"+:.*down_proj": ["bits"]}}, "down_proj.*an object"),
         (GPTQ_CONFIG | {"dynamic": {"+:.*down_proj": {"bits": 3}}}, "bits 3"),
         (GPTQ_CONFIG | {"dynamic": {".*down_proj": {"rotation": "hadamard"}}}, "down_proj.*rotation.*hadamard"),
-        (GPTQ_CONFIG | {"dynamic": {"+:(model": {"bits": 8}}}, r"\(model.*a pattern that repeats no group"),
-        (GPTQ_CONFIG | {"dynamic": {r"+:(\w+)+!": {"bits": 8}}}, "a pattern that repeats no group"),
-        (GPTQ_CONFIG | {"dynamic": {"+:.*.*.*.*.*x": {"bits": 8}}}, "a pattern that repeats no group"),
-        (GPTQ_CONFIG | {"dynamic": {f"+:{'(' * 5000}": {"bits": 8}}}, "a pattern that repeats no group"),
+        (GPTQ_CONFIG | {"dynamic": {"+:(model": {"bits": 8}}}, r"\(model.*a simple pattern"),
+        (GPTQ_CONFIG | {"dynamic": {r"+:(\w+)+!": {"bits": 8}}}, "a simple pattern"),
+        (GPTQ_CONFIG | {"dynamic": {"+:.*.*.*.*.*x": {"bits": 8}}}, "a simple pattern"),
+        (GPTQ_CONFIG | {"dynamic": {"+:" + ".?" * 40 + "Z": {"bits": 8}}}, "a simple pattern"),
+        (GPTQ_CONFIG | {"dynamic": {"+:" + r"(?:.|\w|\.)" * 30 + "Z": {"bits": 8}}}, "a simple pattern"),
+        (GPTQ_CONFIG | {"dynamic": {r"+:(?x)(?:[\w.]+) *Z": {"bits": 8}}}, "a simple pattern"),
+        (GPTQ_CONFIG | {"dynamic": {f"+:{'(' * 5000}": {"bits": 8}}}, "a simple pattern"),
         (GPTQ_CONFIG | {"dynamic": {f"+:{n}": {"bits": 8} for n in range(2000)}}, "2000 rules"),
         (NF4_CONFIG | {"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type 'fp4'"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb_4bit_quant_type 'fp4'"),
@@ -199,3 +202,17 @@ def test_bits_of_a_mix():
     assert (uniform.nominal_bits(config), half.nominal_bits(config)) == (4, 6.03)
     narrow = replace(uniform, overrides=(Override("model", replace(uniform, group_size=32)),))
     assert narrow.nominal_bits(config) == 4.31
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.down_proj",
+        r"model\.layers\.(" + "|".join(map(str, range(80))) + r")\..*",
+        r".*\.layers\.(?:[0-9]|[1-7][0-9])\.mlp\.(?:up|gate)_proj.*",
+    ],
+)
+def test_patterns_of_other_writers_are_taken(pattern):
+    """gptqmodel's and AutoRound's; the whole model in well under a second."""
+    quantization = read_quantization_config(GPTQ_CONFIG | {"dynamic": {f"+:{pattern}": {"bits": 8}}})
+    assert any(each.bits == 8 for index in range(80) for each in quantization.of_block(index).values())

@@ -97,12 +97,29 @@ def test_a_template_that_fails_on_any_conversation_is_refused_at_opening():
         Renderer(tiny_tokenizer(), ChatTemplate("{{ 1 // 0 }}"), 200, "here")
 
 
-def test_a_killed_process_is_replaced():
+def test_a_killed_process_is_replaced_and_leaves_nothing():
     template = ChatTemplate(CHAT_TEMPLATE)
     text = template.render(MESSAGES)
-    os.kill(_worker_of(CHAT_TEMPLATE, ())._process.pid, signal.SIGKILL)
-    time.sleep(0.2)
-    assert template.render(MESSAGES) == text
+    files = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        os.kill(_worker_of(CHAT_TEMPLATE, ())._process.pid, signal.SIGKILL)
+        time.sleep(0.2)
+        assert template.render(MESSAGES) == text
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_process_with_many_open_files_still_renders():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2000:
+        pytest.skip("the machine allows too few open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert ChatTemplate("{{ messages[0].content }} of many files").render(MESSAGES[1:]) == "why? of many files"
+    finally:
+        for file in opened:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_threads_and_forked_children_get_their_own_answers():

@@ -260,6 +260,8 @@ def test_a_csv_row_that_spans_lines_is_placed_at_its_first(tmp_path):
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 def test_an_endless_line_is_that_row_s_error(tmp_path, monkeypatch, name):
     monkeypatch.setattr(text_lines, "LONGEST_LINE", 1000)
+    write(tmp_path / f"first-{name}", b"\xef\xbb\xbf" + b"x" * 2000)
+    assert "the line has more than" in str(next(read_rows(tmp_path / f"first-{name}", keep_errors=True))[1])
     lines = [b'{"a": 1}', b'{"a": "' + b"x" * 5000 + b'"}', b'{"a": "' + b"y" * 900 + b'"}', b"z" * 3000]
     data = b"\n".join(lines)
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)

@@ -147,6 +147,10 @@ def test_a_mix_is_stored_by_rules_and_guided_by_a_variant(place, tmp_path, capfd
     assert open_checkpoint(guided).quantization != quantization
     assert quantize(place / "model", place / "pairs.jsonl", guided, "--bits", "4.5", "--resume") == 2
     assert "the variant differs (--errors-of)" in capfd.readouterr().err
+    for other in (place / "model", variant(place, "gptq-8"), output):
+        arguments = ("--bits", "4.5", "--errors-of", str(other))
+        assert quantize(place / "model", place / "pairs.jsonl", tmp_path / "other", *arguments) == 2
+        assert "is no variant of model with 4 bits for every linear" in capfd.readouterr().err
 
 
 def test_the_asymmetric_and_the_permuted_checkpoint_say_so(place):
