@@ -50,7 +50,7 @@ def test_csv_columns_are_pairs_or_single_responses(model, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,chosen,rejected\nQ,"yes, ""really""\nyes",no\nQ,,no\nQ,a,b,c\n')
     first, second, third = whole(model, path).records
-    assert first["where"] == "rows.csv:3" and len(first["scores"]) == 2  # `where` is the line on which the row ends
+    assert first["where"] == "rows.csv:2" and len(first["scores"]) == 2  # `where` is the line on which the row begins
     assert "blank" in second["error"] and "4 cells but 3 columns" in third["error"]
     path.write_text("id,prompt,response\n7,Q,yes\n")
     (record,) = whole(model, path).records
