@@ -74,6 +74,7 @@ class BackwardSweep:
         self._options, self._variant = options, variant
         model_config = checkpoint.model_config
         self.batches = [batch.to(device) for batch in pack_batches(rows, token_budget)]
+        self._tries = [tries_of_tokens(batch) if options else None for batch in self.batches]
         self._tokens = sum(batch.tokens for batch in self.batches)
         self.segments = segments(model_config, self._tokens, precision.matmul_dtype.itemsize)
         self._rotary = RotaryEmbedding(model_config, max(len(row.token_ids) for row in rows), device)
@@ -161,7 +162,7 @@ class BackwardSweep:
             for number, batch in enumerate(self.batches):
                 gradient = self._gradient.read(number, next_buffer=index != blocks[-1])
                 hidden = self._input(segment, index, number)
-                add = partial(statistics.add, self._gradient.rows(number), tries_of_tokens(batch))
+                add = partial(statistics.add, self._gradient.rows(number), self._tries[number])
                 self._gradient.write(number, block.gradient(hidden, batch, gradient, add))
                 if sensitivity:
                     sensitivity.finish_batch()

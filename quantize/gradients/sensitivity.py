@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantize.solver.scale_search import group_scales
+from quantize.solver.data_free import round_to_nearest
+from quantize.solver.settings import GPTQSettings
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS, QuantizationConfig
 from runtime.modeling.packed_batch import PackedBatch
 from runtime.modeling.qwen2 import Block
@@ -51,9 +52,12 @@ class BlockSensitivity:
                 self._errors[name] = error.to(dtype)  # of the first option
         self.shares = power / power[:, :1].clamp_min(torch.finfo(torch.float64).tiny)
 
-    def add(self, linear: str, gradients: Tensor, x: Tensor, tries: Tensor) -> None:
-        """Add a batch's gradients [T, N] of one linear's output at inputs x [T, K]; `tries` as `tries_of_tokens`."""
-        group = next(index for index, names in enumerate(BLOCK_LINEAR_GROUPS) if linear in names)
+    def add(self, group: int, linear: str, gradients: Tensor, x: Tensor, tries: Tensor) -> None:
+        """Add a batch's gradients [T, N] of the output of a linear of `group` at inputs x [T, K].
+
+        Args:
+            tries: as `tries_of_tokens`.
+        """
         moved = torch.nn.functional.linear(x, self._errors[linear]).float().mul_(gradients.float()).sum(dim=1)
         sums = torch.zeros(int(tries.max()) + 1, device=moved.device).index_add_(0, tries, moved)
         previous = self._sums[group]
@@ -73,12 +77,8 @@ class BlockSensitivity:
 
 def rounding_error(weight: Tensor, option: QuantizationConfig) -> Tensor:
     """Error of rounding weight fp32 [N, K] to nearest on a min-max grid, fp32 [N, K]."""
-    scales, zeros = (each.float().T for each in group_scales(weight, None, option.bits, option.group_size, option.sym))
-    size = weight.shape[1] if option.group_size == -1 else option.group_size
-    groups = torch.arange(weight.shape[1], device=weight.device) // size
-    scale, zero = scales[:, groups], zeros[:, groups]
-    codes = (weight / scale).add_(zero).round_().clamp_(0, (1 << option.bits) - 1)
-    return codes.sub_(zero).mul_(scale).sub_(weight)
+    settings = GPTQSettings(bits=option.bits, group_size=option.group_size, sym=option.sym, importance_scales=False)
+    return round_to_nearest(weight, settings).weight - weight
 
 
 def tries_of_tokens(batch: PackedBatch) -> Tensor:

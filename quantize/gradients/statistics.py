@@ -35,16 +35,18 @@ class BlockGradients:
         self._squares = torch.zeros(len(BLOCK_LINEAR_GROUPS), tokens, device=device)
         self._moments = {name: OutputMoment(model_config.linear_shape(name)[0], device) for name in BLOCK_LINEARS}
 
-    def add(self, tokens: slice, tries: torch.Tensor, linear: str, gradients: torch.Tensor, x: torch.Tensor) -> None:
+    def add(
+        self, tokens: slice, tries: torch.Tensor | None, linear: str, gradients: torch.Tensor, x: torch.Tensor
+    ) -> None:
         """Add the gradients [T, N] of one linear's output at a batch's `tokens`, where its input was x [T, K].
 
         Args:
-            tries: as `tries_of_tokens`.
+            tries: as `tries_of_tokens`; only the sensitivity needs it.
         """
         group = next(index for index, names in enumerate(BLOCK_LINEAR_GROUPS) if linear in names)
         self._squares[group, tokens] += self._moments[linear].add(gradients)
-        if self._sensitivity:
-            self._sensitivity.add(linear, gradients, x, tries)
+        if self._sensitivity and tries is not None:
+            self._sensitivity.add(group, linear, gradients, x, tries)
 
     def check_finite(self, index: int) -> None:
         """Raise NonFiniteError naming block `index` if a gradient was NaN or infinite."""

@@ -16,6 +16,7 @@ from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.checkpoints.safetensors_file import open_safetensors_file
 from runtime.common.errors import JobError
 from runtime.common.files import atomic_file, sha256_of, write_file_atomically
+from runtime.common.json_object import read_json_object
 
 
 class CheckpointWriter:
@@ -91,17 +92,15 @@ class CheckpointWriter:
     def copy_tokenizer(self) -> None:
         """Copy tokenizer files and chat template; `tokenizer.json` without truncation and padding, else unchanged."""
         for file in self.source.tokenizer_files():
-            content = file.read_bytes()
-            if file.name == "tokenizer.json":
-                content = _without_limits(content)
+            content = _without_limits(file) if file.name == "tokenizer.json" else file.read_bytes()
             write_file_atomically(self.output / file.name, content)
 
 
-def _without_limits(content: bytes) -> bytes:
-    """Remove what transformers stores after a call with truncation or padding: readers would cut or pad every text."""
-    tokenizer = json.loads(content)
+def _without_limits(file: Path) -> bytes:
+    """A tokenizer without the truncation and padding that transformers stores: readers would cut or pad every text."""
+    tokenizer = read_json_object(file)
     if not (tokenizer.get("truncation") or tokenizer.get("padding")):
-        return content
+        return file.read_bytes()
     return _json(tokenizer | {"truncation": None, "padding": None}).encode()
 
 

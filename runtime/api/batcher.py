@@ -147,8 +147,7 @@ class Batcher:
         return self._queue_request(_Request(model, rendered, each=True))
 
     def _queue_request(self, request: _Request) -> Future[Any]:
-        rendered = request.rendered
-        if not rendered:
+        if not request.rendered:
             request.resolve([])
             return request.future
         with self._changed:

@@ -72,11 +72,10 @@ def expected_tensors(model_config: ModelConfig, quantization: QuantizationConfig
     """Return dtype and shape by tensor name. A dtype of None means any in `FLOATING`, a shape of None any vector."""
     # Some writers keep norms and head in fp32, or other tensors in fp16 beside quantized weights. Both are accepted.
     unquantized_dtype = model_config.dtype if quantization is None else None
-    outer: dict[str, ExpectedTensor] = {
+    expected: dict[str, ExpectedTensor] = {
         name: (unquantized_dtype if name == "model.embed_tokens.weight" else None, shape)
         for name, shape in model_config.non_block_shapes().items()
     }
-    expected = dict(outer)
     block: dict[str, ExpectedTensor] = {}
     for index in range(model_config.num_hidden_layers):
         if index == 0 or (quantization and quantization.overrides):  # otherwise all blocks are alike

@@ -74,12 +74,8 @@ class Renderer:
         # A tokenizer that was saved after a call with truncation or padding would cut or pad every text.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        if vocab_size is not None and largest >= vocab_size:
-            raise CheckpointError(
-                f"{where}: the tokenizer has the id {largest}, but vocab_size is {vocab_size}; tokenizer and model "
-                "belong to different checkpoints."
-            )
+        if vocab_size is not None:
+            _check_ids(tokenizer, vocab_size, where)
         # `_encode` handles the special tokens itself; special-token text inside the remaining pieces is user text.
         self._tokenizer.encode_special_tokens = True
         specials = {
@@ -200,6 +196,15 @@ class Renderer:
                 f"{where}: the chat template does not end a conversation with {SCORED_TOKEN}, the token that is "
                 "scored; restore the published chat template of the reward model."
             )
+
+
+def _check_ids(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"{where}: the tokenizer has the id {largest}, but vocab_size is {vocab_size}; tokenizer and model "
+            "belong to different checkpoints."
+        )
 
 
 def _with_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
