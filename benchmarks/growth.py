@@ -7,6 +7,8 @@
     lengths   the same number of tokens in conversations of 256 to 8,192 tokens; time should grow by attention alone,
               memory linearly
     loading   loading a GPTQ-4 checkpoint, a quarter as wide as the 72B, compared with reading its bytes
+    activations  one block of the 72B's widths on one conversation of 256 to 32,768 tokens: memory beside the weights,
+              compared with the plan; --divide N takes 1/N of the widths
     streamed  that checkpoint with a memory budget of the embedding and a quarter of the blocks, compared with all
               blocks resident as stored; 16k tokens per sweep
 
@@ -25,23 +27,31 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.giant import write_giant  # noqa: E402
+from benchmarks.random_block import RandomBlock  # noqa: E402
 from runtime.checkpoints.checkpoint import open_checkpoint  # noqa: E402
+from runtime.checkpoints.model_config import ModelConfig  # noqa: E402
+from runtime.checkpoints.quantization_config import QuantizationConfig  # noqa: E402
 from runtime.common.process_memory import keep_freed_memory, peak_memory  # noqa: E402
 from runtime.conversations.rendering import RenderedConversation  # noqa: E402
 from runtime.execution.memory_estimate import MemoryEstimate  # noqa: E402
+from runtime.execution.placement_plan import CPU_CHUNK_TOKENS  # noqa: E402
+from runtime.modeling.packed_batch import pack_batches  # noqa: E402
 from runtime.modeling.precision import BFLOAT16  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 
 Figure = dict[str, Any]
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
+ACTIVATION_LENGTHS = (256, 2048, 8192, 32_768)
 SWEEP = 16_384  # tokens
 DIVIDE, LAYERS = 4, 24
 WORDS = ("the", "of", "to", "and", "in", "that", "it", "is", "was", "for", "on", "are", "with", "as", "this", "from")
@@ -76,6 +86,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--counts", type=int, nargs="+", default=[100, 1000, 10_000], help="conversation counts of `rows`"
     )
+    parser.add_argument("--divide", type=int, default=1, help="of the widths of `activations` (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=MEASURES, default=[*MEASURES], metavar="NAME")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -111,6 +122,11 @@ def streamed(arguments: argparse.Namespace) -> Iterator[Figure]:
     giant = giant_of(arguments)
     for placement in ("resident", "quarter"):
         yield in_child("sweep", str(giant), placement) | {"blocks": placement}
+
+
+def activations(arguments: argparse.Namespace) -> Iterator[Figure]:
+    for tokens in ACTIVATION_LENGTHS:
+        yield in_child("block_activations", str(arguments.divide), str(tokens)) | {"tokens": tokens}
 
 
 def giant_of(arguments: argparse.Namespace) -> Path:
@@ -203,6 +219,31 @@ def sweep(directory: str, placement: str) -> Figure:
     return figure | {"budget": plan.shares[0].device.budget, "peak_memory": peak_memory()}
 
 
+def block_activations(divide: str, tokens: str) -> Figure:
+    """Planned and measured bytes of one block on one conversation, in chunks as a CPU has them by default."""
+    keep_freed_memory()
+    config = json.loads((ROOT / "tests" / "shapes_72b.json").read_text())
+    config |= {
+        name: config[name] // int(divide) for name in ("hidden_size", "intermediate_size", "num_attention_heads")
+    }
+    config |= {"max_position_embeddings": int(tokens)}
+    model_config = ModelConfig.from_config(config)
+    block = RandomBlock(model_config, QuantizationConfig("gptq", 4), "cpu").block("16-bit", int(tokens))
+    rows = torch.randint(0, 100, (int(tokens),)).tolist()
+    (batch,) = pack_batches([RenderedConversation(rows, len(rows) - 1)], CPU_CHUNK_TOKENS)
+    hidden = torch.randn(len(rows), model_config.hidden_size)
+    with torch.inference_mode():
+        (short,) = pack_batches([RenderedConversation(rows[:64], 63)], 64)
+        block(hidden[:64], short)  # compiles kernels
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        before, start = psutil.Process().memory_info().rss - hidden.nbytes, time.perf_counter()
+        block(hidden, batch, in_place=True)
+    measured, seconds = peak_memory() - before, round(time.perf_counter() - start, 1)
+    estimate = MemoryEstimate(SimpleNamespace(model_config=model_config), BFLOAT16)  # type: ignore[arg-type]
+    planned = estimate.activation_bytes(min(CPU_CHUNK_TOKENS, len(rows)))
+    return {"planned": planned, "measured": measured, "ratio": round(measured / planned, 2), "seconds": seconds}
+
+
 def quarter(directory: str) -> int:
     """Budget in bytes: the embedding and a quarter of the blocks."""
     memory_estimate = MemoryEstimate(open_checkpoint(directory), BFLOAT16)
@@ -228,8 +269,8 @@ def token_rows(scorer: Scorer, length: int) -> list[RenderedConversation]:
     return [RenderedConversation(row, length - 1) for row in drawn.tolist()]
 
 
-MEASURES = {each.__name__: each for each in (rows, lengths, loading, streamed)}
-CHILDREN = {each.__name__: each for each in (score, by_length, load, load_alone, sweep)}
+MEASURES = {each.__name__: each for each in (rows, lengths, loading, streamed, activations)}
+CHILDREN = {each.__name__: each for each in (score, by_length, load, load_alone, sweep, block_activations)}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -47,7 +47,7 @@ from runtime.evaluation.metrics import ParityMetrics, measure_metrics  # noqa: E
 from runtime.evaluation.report import JSON_FILE, read_report  # noqa: E402
 from runtime.execution.block_loading import read_head  # noqa: E402
 from runtime.modeling.precision import FLOAT8, PRECISIONS, PURE_BFLOAT16  # noqa: E402
-from runtime.modeling.qwen2 import ScoreHead  # noqa: E402
+from runtime.modeling.score_head import ScoreHead  # noqa: E402
 from runtime.scorer import Scorer  # noqa: E402
 
 FP8 = "gptq-4, fp8 products"

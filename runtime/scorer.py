@@ -78,7 +78,7 @@ class Scorer:
         self.renderer = checkpoint.renderer()
         self._embedding = checkpoint.read("model.embed_tokens.weight")
         self._device_blocks = load_blocks(checkpoint, self.plan, CommandConsole())
-        self.head = read_head(checkpoint, self._device_blocks[-1].device)
+        self.head = read_head(checkpoint, self._device_blocks[-1].device).cast(self.precision.residual_dtype)
 
     @classmethod
     def from_pretrained(

@@ -193,7 +193,9 @@ def test_warming_up_computes_a_full_chunk(six, monkeypatch, token_budget):
     scorer, packed = placed(six["gptq"], "a device", token_budget), []
     real = Block.__call__
     monkeypatch.setattr(
-        Block, "__call__", lambda block, hidden, batch: (packed.append(batch.tokens), real(block, hidden, batch))[1]
+        Block,
+        "__call__",
+        lambda block, hidden, batch, **options: (packed.append(batch.tokens), real(block, hidden, batch))[1],
     )
     scorer.warm_up()
     assert set(packed) == {token_budget}
@@ -257,7 +259,7 @@ def test_ctrl_c_leaves_no_thread_behind(six, expected, monkeypatch, name):
     scorer, before, calls = placed(six["16-bit"], name), threading.active_count(), []
     real = Block.__call__
 
-    def interrupted(self, hidden, batch):
+    def interrupted(self, hidden, batch, **options):
         calls.append(batch)
         if len(calls) == 4:
             os.kill(os.getpid(), signal.SIGINT)
@@ -278,7 +280,7 @@ def test_what_goes_wrong_in_a_thread_reaches_the_caller_and_the_next_call_works(
     scorer, before, calls = placed(six["16-bit"], name), threading.active_count(), []
     real = Block.__call__
 
-    def broken(self, hidden, batch):
+    def broken(self, hidden, batch, **options):
         calls.append(batch)
         if len(calls) == 7:
             raise MemoryError("no room")
@@ -308,7 +310,7 @@ def test_devices_of_a_split_compute_at_the_same_time(six, monkeypatch):
     meeting, met = threading.Barrier(2, timeout=10), {first: 0, second: 0}
     real = Block.__call__
 
-    def meet(self, hidden, batch):
+    def meet(self, hidden, batch, **options):
         if self in met:
             met[self] += 1
             if self is second and met[self] <= 2 or self is first and met[self] in (2, 3):

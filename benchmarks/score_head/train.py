@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 2. Compute the features, and how rounding noise changes them.
     store = FeatureStore(arguments.features)
     store.add(BASE_VARIANT, rendered, partial(Backbone, checkpoint))
-    noises = measure_noises(store, checkpoint, rendered, held_out)
+    noises = measure_noises(store, checkpoint, rendered, held_out, arguments.noise_share)
     # 3. Fit and write the head.
     training = [pair for pair in pairs if not is_held_out(pair)]
     head = fit(*pair_features(store, training), noises)
@@ -75,6 +75,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--features", type=Path, required=True, help="file that stores the features (safetensors)")
     parser.add_argument(
         "--max-characters", type=int, default=4000, help="skip longer conversations (default %(default)s)"
+    )
+    parser.add_argument(
+        "--noise-share",
+        type=float,
+        default=1.0,
+        help="share of the conversations and draws that measure rounding noise, for slow backbones (default 1)",
     )
     return parser.parse_args(argv)
 
@@ -109,25 +115,30 @@ def pair_features(store: FeatureStore, pairs: Sequence[PreferencePair]) -> tuple
 
 
 def measure_noises(
-    store: FeatureStore, checkpoint: Checkpoint, rendered: Mapping[str, RenderedConversation], held_out: set[str]
+    store: FeatureStore,
+    checkpoint: Checkpoint,
+    rendered: Mapping[str, RenderedConversation],
+    held_out: set[str],
+    share: float = 1.0,
 ) -> list[tuple[float, torch.Tensor]]:
     """(weight, changes of features [m, H]) of each kind of noise, on training conversations.
 
-    For held-out conversations, only the features for the noise floor are computed.
+    For held-out conversations, only the features for the noise floor are computed. `share` scales the number of
+    training conversations, and of draws of the step noise.
     """
     trainable = sorted(set(rendered) - held_out)
     floor = stored_or_sampled_keys(store, "float32", sorted(held_out), NOISE_FLOOR_CONVERSATIONS)
     store.add("float32", {key: rendered[key] for key in floor}, partial(Backbone, checkpoint, FLOAT32))
-    rounded = stored_or_sampled_keys(store, "plain-bf16", trainable, BF16_CONVERSATIONS)
+    rounded = stored_or_sampled_keys(store, "plain-bf16", trainable, round(share * BF16_CONVERSATIONS))
     some = {key: rendered[key] for key in (*rounded, *floor)}
     store.add("plain-bf16", some, partial(Backbone, checkpoint, PURE_BFLOAT16))
-    moved = stored_or_sampled_keys(store, "two-percent", trainable, TWO_PERCENT_CONVERSATIONS)
+    moved = stored_or_sampled_keys(store, "two-percent", trainable, round(share * TWO_PERCENT_CONVERSATIONS))
     some = {key: rendered[key] for key in moved}
     store.add("two-percent", some, partial(Backbone, checkpoint, add_noise=two_percent_noise))
     widths = [checkpoint.model_config.linear_shape(name)[1] for name in BLOCK_LINEARS]
     step_noise = partial(quantization_step_noise, group_size=usable_group_size(128, widths)[0])
     steps = []
-    for seed in range(STEP_SEEDS):
+    for seed in range(round(share * STEP_SEEDS)):
         variant = f"step-{seed}"
         keys = stored_or_sampled_keys(store, variant, trainable, STEP_CONVERSATIONS, seed)
         some = {key: rendered[key] for key in keys}

@@ -32,7 +32,8 @@ from runtime.execution.nonfinite import check_finite_hidden_states
 from runtime.modeling.linear import Tensors
 from runtime.modeling.packed_batch import PackedBatch, pack_batches
 from runtime.modeling.precision import Precision
-from runtime.modeling.qwen2 import Block, RotaryEmbedding, ScoreHead
+from runtime.modeling.qwen2 import Block, RotaryEmbedding
+from runtime.modeling.score_head import ScoreHead
 
 
 class BackwardSweep:

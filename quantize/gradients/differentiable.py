@@ -21,6 +21,9 @@ GradientCallback = Callable[[str, torch.Tensor, torch.Tensor], None]
 class DifferentiableBlock(Block):
     """A block of dense linears; steps that work in place are replaced by steps that autograd can differentiate."""
 
+    def __call__(self, hidden: torch.Tensor, batch: PackedBatch, *, in_place: bool = False) -> torch.Tensor:
+        return self.at_once(hidden, batch)  # in chunks, keys and values would be recorded twice
+
     def attention_context(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         query, key, value = (self._heads(projected) for projected in self._project(QKV, x))
         query, key = (self._apply_rotary(heads, batch.positions) for heads in (query, key))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from runtime.modeling.qwen2 import ScoreHead
+from runtime.modeling.score_head import ScoreHead
 
 FOLDS = 8
 

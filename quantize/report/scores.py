@@ -12,7 +12,7 @@ from quantize.report.head_recalibration import HeadRecalibration, RecalibrationD
 from quantize.sweep.hidden_states import SweepStates
 from runtime.common.errors import NonFiniteError
 from runtime.evaluation.scored_pair import ScoredPairWithTexts
-from runtime.modeling.qwen2 import ScoreHead
+from runtime.modeling.score_head import ScoreHead
 
 
 @dataclass(frozen=True)

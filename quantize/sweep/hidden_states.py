@@ -13,7 +13,8 @@ from runtime.execution.hidden_states import HiddenStates
 from runtime.modeling.linear import Tensors
 from runtime.modeling.packed_batch import pack_batches
 from runtime.modeling.precision import PURE_BFLOAT16, Precision
-from runtime.modeling.qwen2 import Block, RotaryEmbedding, ScoreHead
+from runtime.modeling.qwen2 import Block, RotaryEmbedding
+from runtime.modeling.score_head import ScoreHead
 
 
 class SweepStates:

@@ -17,7 +17,8 @@ from runtime.common.terminal import progress_line
 from runtime.execution.placement_plan import DeviceShare, PlacementPlan
 from runtime.execution.prefetcher import Prefetcher
 from runtime.modeling.linear import Tensors
-from runtime.modeling.qwen2 import Block, RotaryEmbedding, ScoreHead
+from runtime.modeling.qwen2 import Block, RotaryEmbedding
+from runtime.modeling.score_head import ScoreHead
 
 LOADER_THREADS = 2  # one reads while the other unpacks; more would hold more half-loaded blocks in memory
 

@@ -7,11 +7,13 @@ from functools import cached_property
 from math import prod
 
 from runtime.checkpoints.checkpoint import Checkpoint
-from runtime.checkpoints.model_config import BLOCK_LINEARS, block_prefix
+from runtime.checkpoints.model_config import BLOCK_LINEARS, HEAD_TENSORS, block_prefix
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS
 from runtime.kernels.workspace import CHUNK_WEIGHTS
+from runtime.modeling.attention import MAX_SCORES, TILE
 from runtime.modeling.precision import Precision
 
+SCORE_COPIES = 3  # of one tile: attention scores, their softmax, and that in the matmul dtype
 UNPACKING_BYTES_PER_WEIGHT = 12  # peak of the CPU kernels while they unpack a packed weight
 
 
@@ -62,10 +64,12 @@ class MemoryEstimate:
 
     @property
     def non_block_bytes(self) -> int:
-        """Final norm, score head, and the cosine and sine tables of the rotary embedding."""
+        """Final norm and score head in the residual dtype, and the tables of the rotary embedding."""
         model_config = self.checkpoint.model_config
         tables = 2 * 4 * model_config.max_position_embeddings * model_config.head_dim
-        return self.checkpoint.nbytes("model.norm.") + self.checkpoint.nbytes("score.") + tables
+        shapes = model_config.non_block_shapes()
+        head = sum(prod(shapes[name]) for name in ("model.norm.weight", *HEAD_TENSORS))
+        return head * self.precision.residual_dtype.itemsize + tables
 
     def product_buffer_bytes(self, *, keep_dequantized: bool) -> int:
         """The buffer that one dequantized linear group occupies during its product."""
@@ -77,16 +81,29 @@ class MemoryEstimate:
             + min(weights, CHUNK_WEIGHTS["cpu"]) * UNPACKING_BYTES_PER_WEIGHT
         )
 
-    def activation_bytes(self, tokens: int) -> int:
-        """Peak activations of a batch of `tokens` inside a block.
+    def activation_bytes(self, tokens: int, *, tiled_attention: bool = True) -> int:
+        """Peak activations inside a block with chunks of `tokens`, for the longest conversation that the model takes.
 
-        The peak is in the MLP: the residual stream before and after, the normalized states, gate, up, copies of both
-        in the residual dtype, and their product. A batch with one conversation longer than `tokens` takes more.
+        Of a conversation longer than a chunk, the residual stream, keys and values are whole. All other activations are
+        those of a chunk. Their peak is in the MLP: the residual stream before and after, the normalized states, gate,
+        up, copies of both in the residual dtype, and their product. Or it is in the attention to very many keys.
+
+        Args:
+            tiled_attention: attention works tile by tile, not in one flash attention kernel.
         """
         model_config, residual_size = self.checkpoint.model_config, self.precision.residual_dtype.itemsize
         copies = 0 if self.precision.residual_dtype == self.precision.matmul_dtype else 2 * residual_size
         inner = model_config.intermediate_size * (3 * self._matmul_itemsize + residual_size + copies)
-        return tokens * (inner + 6 * model_config.hidden_size * residual_size)
+        chunk = tokens * (inner + 6 * model_config.hidden_size * residual_size)
+        longest = model_config.max_position_embeddings
+        keys = longest * model_config.num_key_value_heads * model_config.head_dim
+        whole = self.hidden_state_bytes(longest) + 2 * keys * self._matmul_itemsize if longest > tokens else 0
+        if not tiled_attention:
+            return whole + chunk
+        shared = model_config.num_attention_heads // model_config.num_key_value_heads
+        scores = min(model_config.num_attention_heads * TILE * longest, max(MAX_SCORES, shared * TILE * longest))
+        attention = tokens * 5 * model_config.hidden_size * residual_size + keys * (4 + self._matmul_itemsize)
+        return whole + max(chunk, attention + 4 * SCORE_COPIES * scores)
 
     def hidden_state_bytes(self, tokens: int) -> int:
         """The residual stream of `tokens` tokens."""

@@ -67,7 +67,7 @@ def _make_stage(device_blocks: DeviceBlocks, last: int, cancelled: Event) -> Cal
                 if index == last:
                     hidden = block.at_scored_tokens(hidden, batch)
                 else:
-                    hidden = block(hidden, batch)
+                    hidden = block(hidden, batch, in_place=True)
                     record.add(hidden, index)
         return batch, hidden, record
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import torch
+
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.common.errors import ConfigurationError
 from runtime.execution.devices import Device, DeviceNames, DeviceSelection, MemoryLimits, find_devices
@@ -111,7 +113,8 @@ def _fit_resident(
     """Shares of consecutive blocks that all fit; empty if the blocks do not fit."""
     fixed = [_fixed_bytes(memory_estimate, device, tokens, keep_dequantized) for device in devices]
     if len(devices) > 1:
-        queued_bytes = memory_estimate.hidden_state_bytes(QUEUED_CHUNKS_PER_DEVICE * tokens)
+        longest = memory_estimate.checkpoint.model_config.max_position_embeddings
+        queued_bytes = memory_estimate.hidden_state_bytes(max(QUEUED_CHUNKS_PER_DEVICE * tokens, longest))
         fixed = [nbytes + queued_bytes for nbytes in fixed]
     block_bytes = memory_estimate.block_bytes(keep_dequantized=keep_dequantized)
     capacities = [
@@ -224,11 +227,12 @@ def _make_streamed_plan(
 def _fixed_bytes(memory_estimate: MemoryEstimate, device: Device, tokens: int, keep_dequantized: bool) -> int:
     """Memory that a device needs besides blocks and the hidden states of a sweep."""
     embedding_bytes = memory_estimate.embedding_bytes if device.is_host else 0
+    flash = device.kind == "cuda" and memory_estimate.precision.matmul_dtype != torch.float32
     return (
         embedding_bytes
         + memory_estimate.non_block_bytes
         + memory_estimate.product_buffer_bytes(keep_dequantized=keep_dequantized)
-        + memory_estimate.activation_bytes(tokens)
+        + memory_estimate.activation_bytes(tokens, tiled_attention=not flash)
     )
 
 

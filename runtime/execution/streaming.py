@@ -151,7 +151,7 @@ def sweep(
             if index == last:
                 outputs.append(block.at_scored_tokens(hidden, batch))
             else:
-                hidden = block(hidden, batch)
+                hidden = block(hidden, batch, in_place=True)
                 records[number].add(hidden, index)
                 hidden_states.write(number, hidden)
         hidden_states.swap_buffers()

@@ -20,18 +20,19 @@ from runtime.modeling.linear import MIN_ROWS
 from runtime.modeling.packed_batch import PackedBatch, Segment
 
 TILE = 64  # queries per tile; bounds the attention scores to heads x 64 x keys, and the work above the diagonal
+MAX_SCORES = 1 << 24  # of a tile at once, 64 MiB; with more keys, some of the heads are computed at a time
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Compute attention of every token to its segment up to itself, and to the segment's whole prefix.
 
     Args:
-        query: [T, heads, head_dim].
+        query: [Q, heads, head_dim], of all T tokens or of some of them.
         key, value: [T, kv_heads, head_dim]; each kv head serves heads / kv_heads consecutive query heads.
-        segments: cover the T tokens in order.
+        segments: cover the Q tokens in order.
 
     Returns:
-        [T, heads * head_dim] in the dtype of `value`. Attention scores and softmax are fp32.
+        [Q, heads * head_dim] in the dtype of `value`. Attention scores and softmax are fp32.
     """
     if query.is_cuda and query.dtype != torch.float32:
         return _flash_attention(query, key, value, segments)
@@ -40,15 +41,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, segments: Sequen
 
 def tiled_attention(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Compute the same as `causal_attention` in plain torch, tile by tile; autograd can differentiate it."""
-    outputs = query.new_empty(query.shape, dtype=value.dtype)
-    for segment in segments:
+    outputs, stop = query.new_empty(query.shape, dtype=value.dtype), len(query)
+    for segment in reversed(segments):
         keys, values = _copy_to_tiles(key, segment, torch.float32), _copy_to_tiles(value, segment, value.dtype)
         first, end = segment.prefix_length, segment.prefix_length + segment.end - segment.start
-        row = segment.start
-        for tile in range(first // TILE * TILE, end, TILE):
-            rows = min(tile + TILE, end) - max(tile, first)
-            outputs[row : row + rows] = _attend_tile(query[row : row + rows], keys, values, max(tile, first))
-            row += rows
+        # The last tile has the most keys. Each of the others then fits into the memory that the one before it freed.
+        for tile in reversed(range(first // TILE * TILE, end, TILE)):
+            start = stop - (min(tile + TILE, end) - max(tile, first))
+            outputs[start:stop] = _attend_tile(query[start:stop], keys, values, max(tile, first))
+            stop = start
     return outputs.flatten(1)
 
 
@@ -73,6 +74,11 @@ def _attend_tile(query: Tensor, keys: Tensor, values: Tensor, position: int) -> 
         keys, values: [kv_heads, K, head_dim], K in whole tiles.
     """
     queries, kv_heads, seen = len(query), len(keys), (position // TILE + 1) * TILE
+    shared = query.shape[1] // kv_heads  # query heads of a kv head
+    at_once = max(1, MAX_SCORES // (shared * TILE * seen))
+    if at_once < kv_heads:
+        parts = zip(query.split(at_once * shared, 1), keys.split(at_once), values.split(at_once), strict=True)
+        return torch.cat([_attend_tile(*part, position) for part in parts], 1)
     if queries < MIN_ROWS:
         query = F.pad(query, (0, 0, 0, 0, 0, MIN_ROWS - queries))
     rows = (query.float() * query.shape[2] ** -0.5).unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)

@@ -6,7 +6,7 @@ of N responses) is one segment, and each continuation is another. Attention neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +33,11 @@ class Segment:
         """Number of tokens in the prefix."""
         return sum(end - start for start, end in self.prefix_ranges)
 
+    def part(self, start: int, end: int) -> Segment:
+        """Return the tokens `start` to `end` of the segment, which continue those before them."""
+        before = ((self.start, start),) if start > self.start else ()
+        return Segment(start, end, self.prefix_ranges + before)
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -45,6 +50,7 @@ class PackedBatch:
         scored: int64 [S], index among the T tokens of each conversation's scored token.
         rows: length S, index of each conversation in the caller's order.
         token_ranges: length S, the tokens of each conversation.
+        chunk_tokens: tokens that a block computes at once; only a batch of one long conversation has more.
     """
 
     token_ids: torch.Tensor
@@ -53,11 +59,19 @@ class PackedBatch:
     scored: torch.Tensor
     rows: tuple[int, ...]
     token_ranges: tuple[TokenRanges, ...]
+    chunk_tokens: int
 
     @property
     def tokens(self) -> int:
         """Number of tokens, T."""
         return len(self.token_ids)
+
+    def chunks(self) -> Iterator[tuple[slice, tuple[Segment, ...]]]:
+        """Yield the tokens of each chunk of at most `chunk_tokens`, and the segments that cover them."""
+        for first in range(0, self.tokens, self.chunk_tokens):
+            stop = min(first + self.chunk_tokens, self.tokens)
+            inside = (each for each in self.segments if each.start < stop and each.end > first)
+            yield slice(first, stop), tuple(each.part(max(each.start, first), min(each.end, stop)) for each in inside)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch with its tensors on `device`."""
@@ -83,7 +97,7 @@ def pack_batches(
     """Pack conversations into batches of up to `token_budget` tokens.
 
     Conversations are sorted by token ids, which puts shared prefixes next to each other. A conversation longer than the
-    budget gets a batch of its own; none is truncated.
+    budget gets a batch of its own, which blocks compute in chunks; none is truncated.
 
     Args:
         first_row: number of the first conversation in `PackedBatch.rows`.
@@ -100,13 +114,13 @@ def pack_batches(
     for row in order:
         common = _common_prefix_length(sequences[members[-1]], sequences[row]) if share_prefixes and members else 0
         if members and filled + len(sequences[row]) - common > token_budget:
-            batches.append(_build_batch(rendered, sequences, members, shared, first_row))
+            batches.append(_build_batch(rendered, sequences, members, shared, first_row, token_budget))
             members, shared, filled, common = [], [], 0, 0
         members.append(row)
         shared.append(common)
         filled += len(sequences[row]) - common
     if members:
-        batches.append(_build_batch(rendered, sequences, members, shared, first_row))
+        batches.append(_build_batch(rendered, sequences, members, shared, first_row, token_budget))
     return batches
 
 
@@ -124,6 +138,7 @@ def _build_batch(
     members: list[int],
     shared: list[int],
     first_row: int,
+    chunk_tokens: int,
 ) -> PackedBatch:
     """Lay out `members` as a trie; `shared[i]` tokens of member i are a prefix of member i - 1."""
     pieces: list[np.ndarray] = []
@@ -155,6 +170,7 @@ def _build_batch(
         torch.tensor([_token_index(token_ranges[i], rendered[row].scored_index) for i, row in enumerate(members)]),
         tuple(first_row + row for row in members),
         tuple(token_ranges[i] for i in range(len(members))),
+        chunk_tokens,
     )
 
 

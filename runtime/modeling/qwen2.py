@@ -1,26 +1,24 @@
-"""Qwen2 reward model in plain torch: rotary embedding, decoder block, final norm and score head.
+"""A Qwen2 decoder block in plain torch.
 
 A block is split into steps at its linear groups, so that quantization can read the input of each group. Scoring calls
-the block, which runs the same steps in order.
+the block, which runs the same steps in order, and takes a long conversation through them in chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from runtime.checkpoints.model_config import BLOCK_LINEARS, BLOCK_NORMS, ModelConfig
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS, QuantizationConfig
 from runtime.modeling.attention import causal_attention, scored_token_attention
+from runtime.modeling.elementwise import rms_norm, swiglu
 from runtime.modeling.fp8 import Float8Linear, make_float8_linear
 from runtime.modeling.linear import (
     Linear,
     StackedLinear,
     Tensors,
-    batch_invariant_linear,
     dequantize,
     make_linear,
     stack,
@@ -29,7 +27,6 @@ from runtime.modeling.packed_batch import PackedBatch
 from runtime.modeling.precision import Precision
 
 QKV, _, GATE_UP, _ = BLOCK_LINEAR_GROUPS
-SWIGLU_CHUNK_SIZE = 1 << 18  # elements per chunk on a CPU
 
 
 class RotaryEmbedding:
@@ -47,26 +44,6 @@ class RotaryEmbedding:
         """Rotate x [T, heads, head_dim] by `positions` [T], in the dtype of x."""
         cos, sin = (table[positions][:, None].to(x.dtype) for table in (self.cos, self.sin))
         return (x * cos).add_(x.roll(x.shape[-1] // 2, dims=-1).mul_(sin))
-
-
-def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalize hidden [T, H] in fp32, then multiply by `weight` in the dtype of hidden (RMSNorm)."""
-    wide = hidden.float()
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return scaled.to(hidden.dtype) * weight.to(hidden.dtype)
-
-
-def swiglu(gate: torch.Tensor, up: torch.Tensor, precision: Precision) -> torch.Tensor:
-    """Return silu(gate) * up for [T, I], computed in the residual dtype and rounded to the matmul dtype.
-
-    On a CPU it is computed in chunks of rows, so that intermediates stay in cache.
-    """
-    rows = len(gate) if gate.is_cuda else max(1, SWIGLU_CHUNK_SIZE // gate.shape[1])
-    product = torch.empty_like(gate, dtype=precision.matmul_dtype, memory_format=torch.contiguous_format)
-    for out, *parts in zip(product.split(rows), gate.split(rows), up.split(rows), strict=True):
-        gate_chunk, up_chunk = (part.to(precision.residual_dtype) for part in parts)
-        out.copy_(F.silu(gate_chunk).mul_(up_chunk))
-    return product
 
 
 class Block:
@@ -114,7 +91,7 @@ class Block:
         self.linears = {name: dequantize(linear, self.precision.matmul_dtype) for name, linear in self.linears.items()}
 
     def stack(self) -> None:
-        """Stack q, k and v, and gate and up. Afterwards `at_scored_tokens` and quantization cannot use the block."""
+        """Stack q, k and v, and gate and up. Afterwards quantization cannot use the block."""
         for names in (QKV, GATE_UP):
             linears = [self.linears.pop(name) for name in names]
             self._stacked[names] = stack(linears, self.precision.matmul_dtype)
@@ -134,12 +111,6 @@ class Block:
         query, key = (self._apply_rotary(heads, batch.positions) for heads in (query, key))
         return causal_attention(query, key, value, batch.segments)
 
-    def scored_attention_context(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Return `attention_context` at the scored tokens only: [S, heads * head_dim]."""
-        query, key, value = (self._heads(self.linears[name](x[batch.scored] if name == QKV[0] else x)) for name in QKV)
-        query = self._apply_rotary(query, batch.positions[batch.scored])
-        return scored_token_attention(batch, query, self._apply_rotary(key, batch.positions), value)
-
     def after_attention(self, hidden: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """Return the residual stream after attention: [T, H]."""
         return hidden + self.linears["self_attn.o_proj"](context)
@@ -157,21 +128,58 @@ class Block:
         """Return the residual stream after the MLP: [T, H]."""
         return hidden + self.linears["mlp.down_proj"](activation)
 
-    def __call__(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        """Run the block: hidden states [T, H] to [T, H]."""
+    def __call__(self, hidden: torch.Tensor, batch: PackedBatch, *, in_place: bool = False) -> torch.Tensor:
+        """Run the block: hidden states [T, H] to [T, H].
+
+        Args:
+            in_place: the result may overwrite `hidden`, which saves memory if the batch has several chunks.
+        """
+        if batch.tokens <= batch.chunk_tokens:
+            return self.at_once(hidden, batch)
+        out = hidden if in_place else torch.empty_like(hidden)
+        key, value = self._keys_and_values(hidden, batch)
+        for tokens, segments in reversed([*batch.chunks()]):  # as in `tiled_attention`, to use freed memory again
+            query = self._queries(hidden[tokens], batch.positions[tokens])
+            part = self.after_attention(hidden[tokens], causal_attention(query, key, value, segments))
+            out[tokens] = self.after_mlp(part, self.mlp_activation(self.mlp_input(part)))
+        return out
+
+    def at_once(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        """Run the block on all tokens at once, even if the batch has several chunks."""
         hidden = self.after_attention(hidden, self.attention_context(self.attention_input(hidden), batch))
         return self.after_mlp(hidden, self.mlp_activation(self.mlp_input(hidden)))
 
     def at_scored_tokens(self, hidden: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """Run the block, but return only the scored tokens, [S, H]; for the last block."""
-        context = self.scored_attention_context(self.attention_input(hidden), batch)
-        hidden = self.after_attention(hidden[batch.scored], context)
+        key, value = self._keys_and_values(hidden, batch)
+        hidden = hidden[batch.scored]
+        query = self._queries(hidden, batch.positions[batch.scored])
+        hidden = self.after_attention(hidden, scored_token_attention(batch, query, key, value))
         return self.after_mlp(hidden, self.mlp_activation(self.mlp_input(hidden)))
 
-    def _project(self, names: tuple[str, ...], x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return the outputs of linears that have the same input."""
-        stacked = self._stacked.get(names)
-        return [self.linears[name](x) for name in names] if stacked is None else stacked(x).split(stacked.widths, -1)
+    def _queries(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the queries of the tokens in `hidden` [Q, H] at `positions`: [Q, heads, head_dim]."""
+        (query,) = self._project(QKV, self.attention_input(hidden), QKV[:1])
+        return self._apply_rotary(self._heads(query), positions)
+
+    def _keys_and_values(self, hidden: torch.Tensor, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and the values of all tokens, each [T, kv_heads, head_dim], computed in chunks."""
+        keys, values = [], []
+        for tokens, _ in batch.chunks():
+            key, value = self._project(QKV, self.attention_input(hidden[tokens]), QKV[1:])
+            keys.append(self._apply_rotary(self._heads(key), batch.positions[tokens]))
+            values.append(self._heads(value))
+        return torch.cat(keys), torch.cat(values)
+
+    def _project(
+        self, names: tuple[str, ...], x: torch.Tensor, wanted: Sequence[str] | None = None
+    ) -> list[torch.Tensor]:
+        """Return the outputs of linears that have the same input, or of the `wanted` ones."""
+        wanted, stacked = wanted or names, self._stacked.get(names)
+        if stacked is None:
+            return [self.linears[name](x) for name in wanted]
+        outputs = dict(zip(names, stacked(x).split(stacked.widths, -1), strict=True))
+        return [outputs[name] for name in wanted]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.model_config.head_dim))
@@ -181,34 +189,3 @@ class Block:
 
     def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden, self.norms[name], self.model_config.rms_norm_eps).to(self.precision.matmul_dtype)
-
-
-@dataclass(frozen=True)
-class ScoreHead:
-    """Final norm, then `Linear -> ReLU -> Linear`. Never quantized; computed in the residual dtype.
-
-    Attributes:
-        norm: [H]; score_0_weight: [H, H]; score_0_bias: [H]; score_2_weight: [1, H]; score_2_bias: [1].
-    """
-
-    norm: torch.Tensor
-    score_0_weight: torch.Tensor
-    score_0_bias: torch.Tensor
-    score_2_weight: torch.Tensor
-    score_2_bias: torch.Tensor
-    eps: float
-
-    def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the input of the head, given hidden states [S, H] of the last block at the scored tokens."""
-        return rms_norm(hidden, self.norm, self.eps)
-
-    def score(self, features: torch.Tensor) -> torch.Tensor:
-        """Return scores fp32 [S] for features [S, H]."""
-        dtype = features.dtype
-        inner = batch_invariant_linear(features, self.score_0_weight.to(dtype), self.score_0_bias.to(dtype)).relu()
-        # Not a matrix product: with a single output column, the order of summation can differ between rows.
-        score = (inner.float() * self.score_2_weight.to(dtype).float()).sum(-1) + self.score_2_bias.to(dtype).float()
-        return score.to(dtype).float()
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.score(self.features(hidden))

@@ -40,7 +40,8 @@ def room(
         + memory_estimate.activation_bytes(tokens)
     )
     others += memory_estimate.embedding_bytes if device == "cpu" else 0
-    others += memory_estimate.hidden_state_bytes(QUEUED_CHUNKS_PER_DEVICE * tokens) if split else 0
+    queued = max(QUEUED_CHUNKS_PER_DEVICE * tokens, checkpoint.model_config.max_position_embeddings)
+    others += memory_estimate.hidden_state_bytes(queued) if split else 0
     return others + blocks * memory_estimate.block_bytes(keep_dequantized=keep_dequantized)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.conversations.rendering import RenderedConversation
+from runtime.modeling import attention
 from runtime.modeling.attention import causal_attention, scored_token_attention
 from runtime.modeling.packed_batch import pack_batches
 
@@ -45,6 +46,14 @@ def test_equals_torch_attention_per_conversation(lengths, heads, seed):
         tokens = torch.tensor([token for start, end in path for token in range(start, end)])
         assert (ours[tokens] - expected).abs().max() < 5e-6
         assert (at_scored_tokens[number] - expected[-1]).abs().max() < 5e-6
+
+
+def test_many_keys_are_computed_some_heads_at_a_time(monkeypatch):
+    (batch,) = pack_batches(rows_with_prefixes(0, [(100, 90), (100, 200)]), 10_000)
+    query, key, value = (torch.randn(batch.tokens, n, 16) for n in (6, 3, 3))
+    expected = causal_attention(query, key, value, batch.segments)
+    monkeypatch.setattr(attention, "MAX_SCORES", 2 * 2 * attention.TILE * 128)  # two kv heads of three, later one
+    assert torch.allclose(causal_attention(query, key, value, batch.segments), expected, atol=1e-6)
 
 
 def test_bf16_error_is_close_to_torchs():

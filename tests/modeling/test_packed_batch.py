@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,6 +48,23 @@ def test_segments_cover_the_batch_and_follow_their_prefix(rendered, budget):
         for path in batch.token_ranges:
             for depth, piece in enumerate(path):
                 assert ranges[piece] == path[:depth]
+
+
+@given(conversations(), st.integers(1, 20))
+def test_chunks_cut_segments_and_keep_their_prefix(rendered, chunk):
+    (batch,) = (replace(each, chunk_tokens=chunk) for each in pack_batches(rendered, 10_000))
+    covered = []
+    for tokens, segments in batch.chunks():
+        assert tokens.stop - tokens.start <= chunk and segments[0].start == tokens.start
+        assert [each.start for each in segments[1:]] == [each.end for each in segments[:-1]]
+        for segment in segments:
+            whole = next(each for each in batch.segments if each.start <= segment.start and segment.end <= each.end)
+            before = [p for start, end in segment.prefix_ranges for p in range(start, end)]
+            expected = [p for start, end in whole.prefix_ranges for p in range(start, end)]
+            assert before == expected + [*range(whole.start, segment.start)]
+        covered += range(tokens.start, tokens.stop)
+        assert segments[-1].end == tokens.stop
+    assert covered == [*range(batch.tokens)]
 
 
 def test_a_shared_prompt_is_stored_once():

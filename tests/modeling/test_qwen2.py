@@ -14,6 +14,7 @@ from runtime.execution.hidden_states import HiddenStates
 from runtime.modeling.packed_batch import pack_batches
 from runtime.modeling.precision import FLOAT32, PURE_BFLOAT16, Precision
 from runtime.modeling.qwen2 import Block, RotaryEmbedding
+from tests.helpers.placed import rounds_rows_alike
 from tests.helpers.tiny import write_tiny_checkpoint
 
 
@@ -78,6 +79,32 @@ def test_the_last_block_at_the_scored_tokens_alone(tiny_checkpoint):
     assert torch.allclose(
         block.at_scored_tokens(hidden, batch), block(hidden, batch)[batch.scored], atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("chunk", [1, 16, 100, 511])
+def test_chunks_of_a_long_conversation_give_the_same_output(tiny_checkpoint, chunk, stacked):
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    rotary = RotaryEmbedding(checkpoint.model_config, 512)
+    block = Block.from_tensors(checkpoint.model_config, checkpoint.read_block(0), rotary, FLOAT32)
+    if stacked:
+        block.stack()
+    (batch,) = pack_batches([RenderedConversation([*range(512)], 400)], chunk)
+    hidden = torch.randn(batch.tokens, checkpoint.model_config.hidden_size)
+    expected = block.at_once(hidden, batch)
+    assert torch.allclose(block(hidden, batch), expected, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(block.at_scored_tokens(hidden, batch), expected[400], atol=1e-5, rtol=1e-5)
+    overwritten = hidden.clone()
+    assert block(overwritten, batch, in_place=True) is overwritten
+    assert torch.allclose(overwritten, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_do_not_change_a_bit(tiny_checkpoint):
+    if not rounds_rows_alike(torch.float32):
+        pytest.skip("products of this machine depend on the number of rows")
+    rendered = random_rows(20)
+    together, alone = (swept_scores(tiny_checkpoint, rendered, FLOAT32, token_budget=budget) for budget in (10_000, 7))
+    assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("dequantize", [False, True])

@@ -16,7 +16,7 @@ from quantize.report.head_recalibration import (
     recalibrate_head,
 )
 from runtime.checkpoints.model_config import HEAD_TENSORS
-from runtime.modeling.qwen2 import ScoreHead
+from runtime.modeling.score_head import ScoreHead
 
 HIDDEN = 48
 

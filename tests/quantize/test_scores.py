@@ -17,7 +17,7 @@ from quantize.sweep.hidden_states import SweepStates
 from runtime.common.errors import NonFiniteError
 from runtime.conversations.conversation import PreferencePair
 from runtime.conversations.rendering import RenderedConversation
-from runtime.modeling.qwen2 import ScoreHead
+from runtime.modeling.score_head import ScoreHead
 from tests.quantize.test_head_recalibration import make_features, make_head
 from tests.quantize.test_job import RECIPE
 
