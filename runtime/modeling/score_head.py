@@ -27,8 +27,14 @@ class ScoreHead:
 
     def cast(self, dtype: torch.dtype) -> ScoreHead:
         """Return the head with its tensors in `dtype`, in which it is then computed without a cast for each call."""
-        tensors = (self.norm, self.score_0_weight, self.score_0_bias, self.score_2_weight, self.score_2_bias)
-        return ScoreHead(*(each.to(dtype) for each in tensors), self.eps)
+        return ScoreHead(
+            self.norm.to(dtype),
+            self.score_0_weight.to(dtype),
+            self.score_0_bias.to(dtype),
+            self.score_2_weight.to(dtype),
+            self.score_2_bias.to(dtype),
+            self.eps,
+        )
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the input of the head, given hidden states [S, H] of the last block at the scored tokens."""
