@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
+import shutil
 import sys
+import tempfile
 
 try:
     from fastapi import FastAPI
@@ -83,6 +87,9 @@ def _add_page(api: FastAPI, service: Service) -> FastAPI:
             f"the page needs {error.name}, which is not installed; run pip install -c constraints.txt -e '.[serve]', "
             "or add --no-page."
         ) from error
+    if "GRADIO_TEMP_DIR" not in os.environ:  # gradio's own default is a directory that all users of the machine share
+        os.environ["GRADIO_TEMP_DIR"] = uploads = tempfile.mkdtemp(prefix="worldpm-uploads-")
+        atexit.register(shutil.rmtree, uploads, ignore_errors=True)
     return mount_page(api, service)
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.middleware.gzip import GZipMiddleware
 
 from runtime.api.service import ServedModel, Service
 from runtime.evaluation.verdict import METRIC_ROWS
 from runtime.page.components import UNQUEUED_EVENT, DeferredComponents, html_block
 from runtime.page.formatting import bits_per_weight
-from runtime.page.isolation import ContentPolicy, UploadOnlyBlocks
+from runtime.page.isolation import PageHeaders, UploadOnlyBlocks
 from runtime.page.markup import render_template
 from runtime.page.tabs.batch import batch_tab
 from runtime.page.tabs.best_of_n import best_of_n_tab
@@ -59,7 +60,8 @@ def mount_page(
     Args:
         max_upload_size: bytes, or text such as `64mb`.
     """
-    application.add_middleware(ContentPolicy)
+    application.add_middleware(PageHeaders)
+    application.add_middleware(GZipMiddleware, compresslevel=6)
     return gr.mount_gradio_app(
         application,
         make_page(service),

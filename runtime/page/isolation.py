@@ -1,4 +1,7 @@
-"""Two barriers against requests to other hosts: a content security policy, and no downloads on a visitor's behalf."""
+"""Headers of the page's responses, and no downloads on a visitor's behalf.
+
+The content security policy is a barrier against requests to other hosts.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,14 @@ POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'self'; "
     "form-action 'self'; frame-ancestors 'none'"
 )
+KEEP = "public, max-age=31536000, immutable"
 
 
-class ContentPolicy:
-    """ASGI middleware that adds the content security policy to every HTML response."""
+class PageHeaders:
+    """ASGI middleware that adds the content security policy to HTML, and lets browsers keep gradio's assets.
+
+    The name of an asset contains a hash of its content.
+    """
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -25,15 +32,17 @@ class ContentPolicy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request, adding headers to the response."""
 
-        async def send_with_policy(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = dict(message["headers"])
                 if headers.get(b"content-type", b"").startswith(b"text/html"):
                     added = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
                     message["headers"] = [*message["headers"], *added]
+                if message["status"] == 200 and "/assets/" in scope["path"] and b"cache-control" not in headers:
+                    message["headers"] = [*message["headers"], (b"cache-control", KEEP.encode())]
             await send(message)
 
-        await self.app(scope, receive, send_with_policy)
+        await self.app(scope, receive, send_with_headers)
 
 
 class UploadOnlyBlocks(gr.Blocks):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import tempfile
 from pathlib import Path
 
 import gradio
 import httpx
 import pytest
+from fastapi import FastAPI
 
+from runtime import serve
 from runtime.api.service import Service
 from runtime.page.document import make_page, read_head, show_masthead
 from runtime.page.isolation import POLICY
@@ -35,6 +39,15 @@ def test_style_and_script_name_no_address():
 def test_html_carries_the_policy_and_other_answers_do_not(client):
     assert client.get("").headers["content-security-policy"] == POLICY
     assert "content-security-policy" not in client.get("theme.css").headers
+
+
+def test_browsers_get_little_and_keep_assets(client):
+    page, plain = client.get(""), client.get("", headers={"accept-encoding": "identity"})
+    assert page.headers["content-encoding"] == "gzip" and page.text == plain.text
+    assert page.num_bytes_downloaded < len(plain.content) / 3 and "cache-control" not in page.headers
+    asset = re.search(r"assets/[\w.-]+\.js", page.text)
+    assert asset and "immutable" in client.get(asset[0]).headers["cache-control"]
+    assert "cache-control" not in client.get("assets/none-1234.js").headers
 
 
 def test_the_configuration_has_no_footer_no_history_no_analytics(client):
@@ -110,3 +123,19 @@ def test_a_page_can_be_made_before_models_are_there():
     service = Service()
     assert isinstance(make_page(service), gradio.Blocks)
     service.close()
+
+
+def test_uploads_are_private_to_the_server(page_service, monkeypatch, tmp_path):
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    removals = []
+    monkeypatch.setattr(atexit, "register", lambda *call, **options: removals.append((call, options)))
+    serve._add_page(FastAPI(), page_service)
+    uploads = Path(gradio.utils.get_upload_folder())
+    assert uploads.parent == tmp_path and uploads.stat().st_mode & 0o777 == 0o700
+    ((remove, *rest), options) = next(each for each in removals if str(uploads) in each[0])
+    remove(*rest, **options)
+    assert not uploads.exists()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "chosen"))
+    serve._add_page(FastAPI(), page_service)
+    assert gradio.utils.get_upload_folder() == str(tmp_path / "chosen")
