@@ -7,16 +7,14 @@ from typing import Any
 
 import torch
 
-from quantize.solver.coordinate_descent import coordinate_descent
-from quantize.solver.correction import TargetCorrection
 from quantize.solver.factor import factorise
 from quantize.solver.gptq import solve
 from quantize.solver.hessian import Hessian
+from quantize.solver.output_factor import OutputFactor
+from quantize.solver.output_moment import RANK
 from quantize.solver.settings import GPTQSettings
-from quantize.solver.solved_linear import SolvedLinear
 from runtime.checkpoints.model_config import ModelConfig
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS
-from runtime.modeling.linear import DenseLinear
 
 
 def stage_seconds(
@@ -34,7 +32,7 @@ def stage_seconds(
         once: runs an action and returns its seconds.
     """
     device = generator.device
-    stages = dict.fromkeys(("hessian", "correction", "factorise", "solve", "refine"), 0.0)
+    stages = dict.fromkeys(("hessian", "factorise", "output factor", "solve"), 0.0)
     settings = GPTQSettings(group_size=group_size)
     for group in BLOCK_LINEAR_GROUPS:
         in_features = model_config.linear_shape(group[0])[1]
@@ -47,21 +45,11 @@ def stage_seconds(
         hessian.free()
         stages["factorise"] += once(lambda m=matrix, f=found: f.append(factorise(m, settings)))
         del matrix
-        linears = [DenseLinear(weight(name)) for name in group]
-        correction, total = TargetCorrection(linears, in_features, device), hessian.weight
-        stages["correction"] += once(lambda c=correction, x=x, n=rounds: [c.add(x, 0.9 * x) for _ in range(n)])
-        targets: list[torch.Tensor] = []
-        solved: list[SolvedLinear] = []
-        factor = found[0]
-        for linear in linears:
-            stages["correction"] += once(
-                lambda t=targets, c=correction, f=factor, each=linear, w=total: t.append(c.target(each, f, w))
+        for name in group:
+            target, outputs = weight(name).float(), []
+            vectors = torch.randn(len(target), RANK, device=device, generator=generator)
+            stages["output factor"] += once(
+                lambda v=vectors, o=outputs: o.append(OutputFactor.from_low_rank(v, v.square().sum(1)))
             )
-            stages["solve"] += once(lambda t=targets, f=factor, s=solved: s.append(solve(t[-1], f, settings)))
-        given: list = []
-        stages["refine"] += once(lambda f=factor, g=given: g.append(f.into_hessian()))
-        for target, each in zip(targets, solved, strict=True):
-            stages["refine"] += once(
-                lambda t=target, s=each, f=factor, g=given: coordinate_descent(t, s, g[0], f, settings)
-            )
+            stages["solve"] += once(lambda t=target, f=found, o=outputs: solve(t, f[0], settings, outputs=o[0]))
     return stages

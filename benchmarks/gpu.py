@@ -43,8 +43,8 @@ from benchmarks.block_stages import stage_seconds  # noqa: E402
 from benchmarks.dequantize import KINDS, measure  # noqa: E402
 from benchmarks.giant import giant_config, write_giant  # noqa: E402
 from benchmarks.random_block import RandomBlock  # noqa: E402
+from quantize.job.gradient_plan import GradientPlan  # noqa: E402
 from quantize.job.plan import QuantizationPlan, TokenCounts  # noqa: E402
-from quantize.solver.settings import GPTQSettings  # noqa: E402
 from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig  # noqa: E402
 from runtime.checkpoints.quantization_config import QuantizationConfig  # noqa: E402
 from runtime.conversations.rendering import RenderedConversation  # noqa: E402
@@ -280,12 +280,10 @@ class Bench:
             self.quantization,
             self.quantization.bits,
             TokenCounts(tokens, 0, tokens),
-            calibrated=True,
-            correction=True,
-            descent_passes=GPTQSettings().descent_passes,
             matmul_bytes=2,
             prefetch=False,
             device=self.device,
+            gradients=GradientPlan(self.model_config, tokens, tokens, 2),
         )
 
     def timed(self, action: Callable[[], Any], rounds: int = 5, warm: int = 2) -> float:

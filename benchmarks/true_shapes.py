@@ -39,6 +39,7 @@ H100 = {
     "second gate and up": 520e12,
     "Hessians": 450e12,  # bf16 products with fp32 sums; the symmetric half is computed, 9/16 of the count
     "backward sweep": 450e12,  # bf16 products; attention tile by tile
+    "correction": 200e12,  # bf16 moments; its triangular solves are fp32
     "factorisation": 25e12,  # fp32, blocked
     "solve": 20e12,  # fp32 products of thin tiles, limited by memory bandwidth
 }
@@ -176,9 +177,6 @@ def project(tokens: int = 8 * 29568, parity_tokens: int = 375_000, blocks: int =
         QuantizationConfig("gptq", 4, 128),
         4,
         TokenCounts(tokens, parity_tokens, 16384),
-        calibrated=True,
-        correction=False,
-        descent_passes=0,
         matmul_bytes=2,
         prefetch=True,
         device="cuda:0",

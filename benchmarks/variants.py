@@ -52,7 +52,6 @@ from runtime.scorer import Scorer  # noqa: E402
 
 FP8 = "gptq-4, fp8 products"
 FOUR_BITS = "gptq-4"  # among the arguments of another variant: this variant's directory
-NO_GRADIENTS = ["--no-score-gradients"]
 VARIANTS = {
     "gptq-8": ["--bits", "8"],
     FOUR_BITS: ["--bits", "4"],
@@ -67,27 +66,11 @@ VARIANTS = {
     "rtn-4": ["--method", "rtn"],
     "gptq-4, columns in order": ["--no-activation-order"],
     "gptq-4, min-max scales": ["--no-importance-scales"],
-    "gptq-4, corrected": ["--correction"],
     "gptq-4, desc_act": ["--desc-act"],
     "gptq-4, asymmetric": ["--asymmetric"],
     "gptq-4, damp 0.01": ["--damp-percent", "0.01"],
     "gptq-4, damp 0.2": ["--damp-percent", "0.2"],
     "gptq-4, head unchanged": ["--no-recalibration"],
-    "gptq-4, no gradients": NO_GRADIENTS,
-    "gptq-4, no gradients, no correction": [*NO_GRADIENTS, "--no-correction"],
-    "gptq-4, no gradients, not refined": [*NO_GRADIENTS, "--descent-passes", "0"],
-    "gptq-4, no gradients, all tokens alike": [*NO_GRADIENTS, "--scored-share", "0"],
-    "gptq-4, plain": [
-        *NO_GRADIENTS,
-        "--no-activation-order",
-        "--no-static-groups",
-        "--no-importance-scales",
-        "--no-correction",
-        "--descent-passes",
-        "0",
-        "--scored-share",
-        "0",
-    ],
 }
 
 
@@ -121,6 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=[*VARIANTS], metavar="NAME", help="variants to run (default: all)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="draws of calibration rows (default: 0)")
+    parser.add_argument("--rows", type=int, help="calibration conversations (default: as quantize/run.py)")
     parser.add_argument("--json", type=Path, help="write the result here (default: standard output)")
     return parser.parse_args()
 
@@ -149,6 +133,7 @@ class Setting:
         model: checkpoint directory or `demo`.
         calibration: file of calibration pairs; None for the bundled ones.
         max_tokens: of a pair's conversations, and of those that a test bed is calibrated on.
+        rows: calibration conversations; None for the default.
         pairs: chosen and rejected conversations in turn.
     """
 
@@ -157,6 +142,7 @@ class Setting:
     dtype: str
     calibration: Path | None
     max_tokens: int
+    rows: int | None
     pairs: list[RenderedConversation]
 
     @classmethod
@@ -171,7 +157,7 @@ class Setting:
                 build(arguments.testbed, Path(model), arguments.gguf)
             calibration.write_text("".join(json.dumps(row) + "\n" for row in training_rows(arguments.pairs)))
         pairs = draw_pairs(model, arguments.pairs, arguments.count, arguments.max_tokens)
-        return cls(work, model, arguments.dtype, calibration, arguments.max_tokens, pairs)
+        return cls(work, model, arguments.dtype, calibration, arguments.max_tokens, arguments.rows, pairs)
 
     @property
     def tokens(self) -> int:
@@ -211,6 +197,7 @@ class Setting:
             if self.calibration:
                 command += ["--calibration", str(self.calibration), "--max-tokens", str(self.max_tokens)]
             command += ["--dtype", self.dtype, "--seed", str(seed)]
+            command += [] if self.rows is None else ["--rows", str(self.rows)]
             command += [str(self.make(each, seed)) if each == FOUR_BITS else each for each in VARIANTS[name]]
             inputs = read_inputs(parse_quantize(command))  # for the number of tokens, outside the time
             start = time.perf_counter()

@@ -50,8 +50,6 @@ def parse(argv: list[str] | None = None) -> QuantizeOptions:
             f"--method {arguments.method} has {fixed} bits, but --bits is {arguments.bits:g}; drop --bits."
         )
     arguments.bits = fixed or arguments.bits or 4
-    if arguments.correction is None:
-        arguments.correction = not arguments.score_gradients
     return QuantizeOptions(**vars(arguments))
 
 
@@ -59,7 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = make_parser("quantize/run.py", DESCRIPTION, EXAMPLES)
     _add_model(parser.add_argument_group("model"))
     _add_conversations(parser.add_argument_group("conversations"))
-    _add_objective(parser.add_argument_group("what the solver minimizes"))
     _add_solver(parser.add_argument_group("GPTQ solver (docs/decisions.md has the ablation behind the defaults)"))
     _add_machine(parser.add_argument_group("machine"))
     _add_report(parser.add_argument_group("report"))
@@ -147,39 +144,9 @@ def _add_solver(group: argparse._ArgumentGroup) -> None:
         metavar="P",
         help="fraction of each diagonal entry of the Hessian that is added to it (default %(default)s)",
     )
-    _add_switch(group, "static-groups", "choose a group's scales when the solver reaches it, not before the solve")
     _add_switch(group, "activation-order", "solve columns in stored order")
     _add_switch(group, "importance-scales", "use min-max scales")
     _add_switch(group, "recalibration", "do not recalibrate the score head; its tensors keep their bytes")
-
-
-def _add_objective(group: argparse._ArgumentGroup) -> None:
-    _add_switch(
-        group,
-        "score-gradients",
-        "do not weight tokens and outputs by the gradients of the scores; saves the backward sweep",
-    )
-    group.add_argument(
-        "--scored-share",
-        type=float,
-        default=1 / 8,
-        metavar="P",
-        help="with --no-score-gradients, share of a row's Hessian weight that its scored token gets "
-        "(default 1/8; 0: equal weights)",
-    )
-    group.add_argument(
-        "--correction",
-        action=argparse.BooleanOptionalAction,
-        help="correct target weights for the quantization error of earlier layers (default: only with "
-        "--no-score-gradients)",
-    )
-    group.add_argument(
-        "--descent-passes",
-        type=int,
-        default=3,
-        metavar="N",
-        help="coordinate descent passes over codes and scales after the solve (default %(default)s; 0: none)",
-    )
 
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:

@@ -85,7 +85,7 @@ def run(options: QuantizeOptions, console: Console) -> int:
             torch.set_num_threads(job.threads)
             with device_context(torch.device(inputs.recipe.device)):
                 # 4. Compute the gradients of the scores, and choose how the linears are stored.
-                gradients = read_gradients(job, inputs, console) if inputs.recipe.score_gradients else None
+                gradients = read_gradients(job, inputs, console) if inputs.recipe.calibrated else None
                 quantization = choose_quantization(inputs, gradients, console)
 
                 # 5. Quantize the blocks, recalibrate the score head and score all rows.

@@ -52,8 +52,7 @@ class BlockGradients:
         """Raise NonFiniteError naming block `index` if a gradient was NaN or infinite."""
         if not self._squares.sum().isfinite():
             raise NonFiniteError(
-                f"block {index}: a gradient of the scores is not finite; compute with --dtype float32, or without "
-                "gradients with --no-score-gradients."
+                f"block {index}: a gradient of the scores is not finite; compute with --dtype float32."
             )
 
     def save(self, path: Path) -> None:

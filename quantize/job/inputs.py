@@ -128,13 +128,10 @@ def _make_plan(model_config: ModelConfig, recipe: Recipe, token_counts: TokenCou
         quantization=recipe.quantization(),
         bits=recipe.bits,
         token_counts=token_counts,
-        calibrated=recipe.calibrated,
-        correction=recipe.calibrated and recipe.correction,
-        descent_passes=recipe.refine_passes,
         matmul_bytes=matmul_bytes,
         prefetch=True,
         device=recipe.device,
-        gradients=GradientPlan(model_config, *counted, mixed=recipe.mixed) if recipe.score_gradients else None,
+        gradients=GradientPlan(model_config, *counted, mixed=recipe.mixed) if recipe.calibrated else None,
     )
 
 
@@ -165,13 +162,8 @@ def _make_recipe(
         sym=options.sym,
         desc_act=options.desc_act,
         damp_percent=options.damp_percent,
-        static_groups=options.static_groups,
         activation_order=options.activation_order,
         importance_scales=options.importance_scales,
-        refine_passes=options.descent_passes,
-        score_gradients=options.score_gradients and calibrated,
-        scored_share=options.scored_share,
-        correction=options.correction,
         token_budget=options.token_budget,
         dtype=resolve_dtype(options.dtype, device),
         device=device,

@@ -28,8 +28,6 @@ class QuantizeOptions:
         parity_pairs: number of held-out pairs; None for `DEMO_PARITY_PAIRS` or `PARITY_PAIRS`, or for as many as the
             data has.
         max_tokens: longer conversations are left out; None for the model's limit.
-        score_gradients: weight tokens and outputs by the gradients of the scores; costs a backward sweep.
-        scored_share: without `score_gradients`, share of a conversation's Hessian weight that its scored token gets.
         ram_budget: host memory limit in bytes; None for what is available.
         min_agreement, max_shift: thresholds of the parity report; None for no threshold.
 
@@ -54,11 +52,6 @@ class QuantizeOptions:
     sym: bool
     desc_act: bool
     damp_percent: float
-    score_gradients: bool
-    scored_share: float
-    correction: bool
-    descent_passes: int
-    static_groups: bool
     activation_order: bool
     importance_scales: bool
     recalibration: bool

@@ -11,9 +11,7 @@ from quantize.job.gradient_plan import GradientPlan
 from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS, QuantizationConfig
 
-FP32_STAGES = ("factorisation", "solve", "refinement")  # stages of `QuantizationPlan.flops` that are always fp32
-_SHARED_INPUT_GROUPS = [group for group in BLOCK_LINEAR_GROUPS if len(group) > 1]
-_SINGLE_LINEAR_GROUPS = [group for group in BLOCK_LINEAR_GROUPS if len(group) == 1]
+FP32_STAGES = ("factorisation", "solve")  # stages of `QuantizationPlan.flops` that are always fp32
 # Bytes of the process apart from tensors of the model. Measured on the demo.
 INTERPRETER_BYTES = 480 << 20  # Python with torch, tokenizers and scipy
 THREAD_BYTES = 128 << 20  # each further thread
@@ -21,11 +19,8 @@ MAX_COUNTED_THREADS = 8  # more were not measured
 BF16_KERNEL_BYTES = 64 << 20  # oneDNN caches a compiled bf16 kernel per recent shape on a CPU
 BITSANDBYTES_BYTES = 128 << 20  # the library and its imports
 # Bytes per weight of a linear during its solve: reordered 16-bit weight, fp32 weight or error, fp32 dequantized weight,
-# codes before and after packing, temporaries of a block of columns.
-SOLVE_BYTES_PER_WEIGHT = 2 + 4 + 4 + 2 + 2
-TWO_SIDED_BYTES_PER_WEIGHT = 4 + 4  # error and residual of the two-sided solve
-TARGET_BYTES_PER_WEIGHT = 4  # the corrected fp32 target, if it does not reuse the correction's buffer
-SOLVED_BYTES_PER_WEIGHT = 4 + 1  # target and codes of a linear whose group is still being solved
+# codes before and after packing, temporaries of a block of columns, error and residual of the two-sided solve.
+SOLVE_BYTES_PER_WEIGHT = 2 + 4 + 4 + 2 + 2 + 4 + 4
 DATA_FREE_BYTES_PER_WEIGHT = {"gptq": 18, "nf4": 14, "int8": 13}  # without calibration, by stored format; measured
 
 
@@ -50,10 +45,7 @@ class QuantizationPlan:
     Attributes:
         quantization: the stored format, of most linears if bits are mixed.
         bits: bits per weight without scales; above `quantization.bits` if bits are mixed.
-        calibrated: whether Hessians are accumulated (gptq) or not (nf4, int8, rtn).
-        correction: whether target weights are corrected (see solver/correction.py).
-        descent_passes: coordinate descent passes after the solve.
-        gradients: costs of the backward sweep, or None without one; the solve is then one-sided.
+        gradients: costs of the backward sweep, or None without calibration.
         matmul_bytes: bytes per element of matmul inputs, 2 or 4.
         prefetch: whether the next block is read while the current one is quantized.
         device: `cpu` or a CUDA device.
@@ -63,9 +55,6 @@ class QuantizationPlan:
     quantization: QuantizationConfig
     bits: float
     token_counts: TokenCounts
-    calibrated: bool
-    correction: bool
-    descent_passes: int
     matmul_bytes: int
     prefetch: bool
     device: str
@@ -147,33 +136,29 @@ class QuantizationPlan:
         block = self.block_bytes + self._packed_block
         cast = self._largest * self.matmul_bytes  # the largest weight, cast or dequantized
         forward = block + cast + self._activation_bytes
-        if not self.calibrated:
+        if self.gradients is None:
             return max(forward, block + self._largest * DATA_FREE_BYTES_PER_WEIGHT[self.quantization.method])
-        backward = self.block_bytes + self.gradients.working_bytes if self.gradients else 0
+        backward = self.block_bytes + self.gradients.working_bytes
         return max(forward, backward, *(self._group_bytes(group) for group in BLOCK_LINEAR_GROUPS))
 
     def _group_bytes(self, group: Sequence[str]) -> int:
         """Peak bytes while the linears of one group are calibrated, the largest of three steps.
 
-        1. Accumulation: Hessian, correction and activations.
-        2. Factorisation: Hessian, factor and correction; of outputs, the factor and its copy in another order.
-        3. Solve: factors, correction, the linear being solved, and the targets and codes of the others. Coordinate
-           descent needs no more: the Hessian overwrites the factor.
+        1. Accumulation: Hessian, moment of the correction and activations.
+        2. Factorisation: Hessian, and its damped factor or the solver's; target weights, and the product for one more.
+        3. Solve, one linear after the other: targets and factor; then the output factor and its copy in another order,
+           or the output factor and the linear being solved.
         """
         out_features, in_features = self.model_config.linear_shape(group[0])
         hessian = 4 * in_features**2
-        correction = 0 if not self.correction else 4 * in_features * (out_features if len(group) == 1 else in_features)
-        accumulation = hessian + self._activation_bytes + self._largest * self.matmul_bytes
-        each = SOLVE_BYTES_PER_WEIGHT + (TARGET_BYTES_PER_WEIGHT if self.correction and len(group) > 1 else 0)
-        outputs = 0
-        if self.gradients:
-            each += TWO_SIDED_BYTES_PER_WEIGHT
-            outputs = 4 * max(self.model_config.linear_shape(name)[0] for name in group) ** 2
-        sizes = sorted(self._size(name) for name in group)
-        others = sum(sizes[:-1]) * SOLVED_BYTES_PER_WEIGHT
-        targets = sum(sizes) * TARGET_BYTES_PER_WEIGHT
-        solve = hessian + max(outputs + sizes[-1] * each + others, 2 * outputs + targets if outputs else 0)
-        return self.block_bytes + self._packed_block + correction + max(accumulation, 2 * hessian, solve)
+        moment = 4 * in_features * (out_features if len(group) == 1 else in_features)
+        accumulation = hessian + moment + self._activation_bytes + self._largest * self.matmul_bytes
+        targets = 4 * sum(map(self._size, group))
+        size = max(map(self._size, group))
+        factorisation = 2 * hessian + targets + (moment if len(group) > 1 else 0) + 4 * size
+        outputs = 4 * max(self.model_config.linear_shape(name)[0] for name in group) ** 2
+        solve = hessian + targets + max(outputs + size * SOLVE_BYTES_PER_WEIGHT, 2 * outputs)
+        return self.block_bytes + self._packed_block + max(accumulation, factorisation, solve)
 
     @property
     def peak_host_bytes(self) -> int:
@@ -218,26 +203,19 @@ class QuantizationPlan:
             "reference stream": forward * self.token_counts.tokens,
             "quantized stream": forward * self.token_counts.tokens,
         }
-        if not self.calibrated:
+        if self.gradients is None:
             return stages
         gate_and_up = 2.0 * sum(self._size(name) for name in BLOCK_LINEARS[4:6])
         # The quantized model computes gate and up a second time, once down_proj is packed.
         stages["second gate and up"] = gate_and_up * self.token_counts.calibration_tokens
         stages["Hessians"] = sum(2.0 * k**2 for k in self._inputs) * self.token_counts.calibration_tokens
-        if self.correction:
-            inner = sum(2.0 * self.model_config.linear_shape(group[0])[1] ** 2 for group in _SHARED_INPUT_GROUPS)
-            outer = sum(4.0 * self._size(group[0]) for group in _SINGLE_LINEAR_GROUPS)
-            stages["correction"] = (inner + outer) * self.token_counts.calibration_tokens + 2.0 * sum(
-                self._size(name) * self.model_config.linear_shape(name)[1] for name in BLOCK_LINEARS
-            )
-        stages["factorisation"] = sum(k**3 / 3.0 for k in self._inputs)
-        stages["solve"] = sum(self._size(name) * self.model_config.linear_shape(name)[1] for name in BLOCK_LINEARS)
-        if self.gradients:
-            shapes = [self.model_config.linear_shape(name) for name in BLOCK_LINEARS]
-            stages["backward sweep"] = self.gradients.flops
-            stages["solve"] = sum(2.0 * n * k * (n + k) + n**3 / 3.0 for n, k in shapes)
-        elif self.descent_passes:
-            stages["refinement"] = 2 * (1 + self.descent_passes) * stages["solve"]
+        moments = sum(2.0 * self.model_config.linear_shape(g[0])[1] ** 2 for g in BLOCK_LINEAR_GROUPS if len(g) > 1)
+        moments += sum(4.0 * self._size(group[0]) for group in BLOCK_LINEAR_GROUPS if len(group) == 1)
+        shapes = [self.model_config.linear_shape(name) for name in BLOCK_LINEARS]
+        stages["correction"] = moments * self.token_counts.calibration_tokens + sum(2.0 * n * k * k for n, k in shapes)
+        stages["factorisation"] = sum(2 * k**3 / 3.0 for k in self._inputs)
+        stages["solve"] = sum(2.0 * n * k * (n + k) + n**3 / 3.0 for n, k in shapes)
+        stages["backward sweep"] = self.gradients.flops
         return stages
 
     @property

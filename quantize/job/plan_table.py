@@ -43,7 +43,7 @@ def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[st
         (
             "tokens",
             f"{about}{token_counts.calibration_tokens:,} for calibration"
-            + (f" ({plan.tokens_per_input:.1f} per input of the widest linear)" if plan.calibrated else "")
+            + (f" ({plan.tokens_per_input:.1f} per input of the widest linear)" if plan.gradients else "")
             + f", {about}{token_counts.parity_tokens:,} for parity",
         ),
         (
@@ -68,7 +68,7 @@ def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[st
 
 def token_warning(plan: QuantizationPlan) -> str | None:
     """A warning if there are fewer calibration tokens than `TOKENS_PER_INPUT` for each input of the widest linear."""
-    if not plan.calibrated or plan.tokens_per_input >= 0.9 * TOKENS_PER_INPUT:
+    if plan.gradients is None or plan.tokens_per_input >= 0.9 * TOKENS_PER_INPUT:
         return None
     width = widest_input(plan.model_config)
     rank = ", so its Hessian is rank-deficient" if plan.tokens_per_input < 1 else ""

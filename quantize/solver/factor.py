@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantize.solver.hessian import copy_upper_to_lower
 from quantize.solver.settings import GPTQSettings
 from runtime.common.errors import UnresumableJobError
 
@@ -25,8 +24,7 @@ class CholeskyFactor:
 
     Attributes:
         columns: int64 [K], the input feature at each position; quantization runs from the last position to the first.
-        upper: fp32 [K, K]; U above the diagonal (U's diagonal is 1, not stored), H in the order of `columns` below it.
-        diagonal: fp32 [K], the diagonal of H + diag(damp) in the order of `columns`.
+        upper: fp32 [K, K]; U above the diagonal. U's diagonal is 1; it and what is below it are not stored.
         pivots: fp32 [K], the variance at each position that the positions before it do not explain.
         damp: fp32 [K], values added to the diagonal of H, in the order of `columns`.
         dead: int64 [D], input features that are 0 on all calibration tokens.
@@ -35,7 +33,6 @@ class CholeskyFactor:
 
     columns: Tensor
     upper: Tensor
-    diagonal: Tensor
     pivots: Tensor
     damp: Tensor
     dead: Tensor
@@ -48,24 +45,6 @@ class CholeskyFactor:
         The diagonal of H would overestimate it for inputs whose error later columns can compensate.
         """
         return torch.empty_like(self.pivots).index_copy_(0, self.columns, self.pivots)
-
-    def solve_in_place(self, right: Tensor) -> None:
-        """Replace `right`, fp32 [K, N] with rows in input feature order, by (H + diag(damp))^-1 right."""
-        for part in right.split(1024, dim=1):  # limits temporary memory
-            solved = torch.linalg.solve_triangular(self.upper.T, part[self.columns], upper=False, unitriangular=True)
-            solved /= self.pivots[:, None]
-            part[self.columns] = torch.linalg.solve_triangular(self.upper, solved, upper=True, unitriangular=True)
-
-    def into_hessian(self) -> Tensor:
-        """Return H + diag(damp), fp32 [K, K] in the order of `columns`, in the storage of `upper`.
-
-        The factor is lost: `upper` is None afterwards, so that nothing is solved with it.
-        """
-        hessian = self.upper
-        hessian.diagonal().copy_(self.diagonal)
-        copy_upper_to_lower(hessian.T)
-        object.__setattr__(self, "upper", None)
-        return hessian
 
     def output_power(self, columns: Tensor, block_size: int = 512) -> float:
         """tr(C^T H C) without damping, for C fp32 [K, N] in the order of `columns`: the mean squared output."""
@@ -108,8 +87,7 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
     while True:
         _gather(hessian, columns, upper)
         damp = (damp_percent * diagonal).index_fill_(0, dead, 1.0)[columns]
-        damped = diagonal[columns] + damp
-        upper.diagonal().copy_(damped)
+        upper.diagonal().add_(damp)
         if cholesky_in_place(upper):
             break
         damp_percent = max(10 * damp_percent, MIN_RETRY_DAMP_PERCENT)
@@ -120,8 +98,8 @@ def factorise(hessian: Tensor, settings: GPTQSettings, name: str = "this linear"
             )
         notes = [f"{name}: damp_percent raised from {settings.damp_percent:g} to {damp_percent:g}"]
     roots = upper.diagonal().clone()
-    divide_above_diagonal(upper, roots)
-    return CholeskyFactor(columns, upper, damped, roots.square(), damp, dead, tuple(notes))
+    upper /= roots[:, None]
+    return CholeskyFactor(columns, upper, roots.square(), damp, dead, tuple(notes))
 
 
 def _order(diagonal: Tensor) -> Tensor:
@@ -136,30 +114,20 @@ def _gather(hessian: Tensor, columns: Tensor, into: Tensor) -> None:
         into[start : start + block_size] = hessian[columns[start : start + block_size]][:, columns]
 
 
-def divide_above_diagonal(matrix: Tensor, divisors: Tensor, block_size: int = 512) -> None:
-    """Divide row i of a matrix [K, K] by divisors[i], on and above the diagonal only."""
-    for start in range(0, len(matrix), block_size):
-        stop = start + block_size
-        by, square = divisors[start:stop, None], matrix[start:stop, start:stop]
-        square.copy_((square.triu() / by).add_(square.tril(-1)))
-        matrix[start:stop, stop:] /= by
-
-
 def cholesky_in_place(matrix: Tensor) -> bool:
     """Replace the upper triangle of a symmetric matrix [K, K] by R with R^T R = matrix; return whether it succeeded.
 
     Left-looking and blocked, so that nearly all of the K^3 / 3 multiplications are matrix products. It needs no second
-    buffer, keeps the entries below the diagonal, and is faster than LAPACK on a CPU.
+    buffer and is faster than LAPACK on a CPU. Entries below the diagonal are not part of the result.
     """
     block_size = 1024 if matrix.is_cuda else 256
     for start in range(0, len(matrix), block_size):
         stop = min(start + block_size, len(matrix))
         above, panel = matrix[:start, start:], matrix[start:stop, start:]
-        below = panel[:, : stop - start].tril(-1)
         panel.addmm_(above[:, : stop - start].T, above, alpha=-1)
         root, failed = torch.linalg.cholesky_ex(panel[:, : stop - start], upper=True)
         if failed.item():
             return False
-        panel[:, : stop - start] = below.add_(root)
+        panel[:, : stop - start] = root
         panel[:, stop - start :] = torch.linalg.solve_triangular(root.T, panel[:, stop - start :], upper=False)
     return True

@@ -14,55 +14,29 @@ from runtime.checkpoints.quantization_config import NF4_BLOCKSIZE
 
 
 class UniformGrid:
-    """Scales and zeros of all groups, chosen before the solve (`static`) or when the solver reaches a group.
-
-    In the second case each group is contiguous in the order of quantization, and one block of the solve is one group.
-    """
+    """Scales and zeros of all groups of a weight [N, K], chosen before the solve."""
 
     quant_state = None
     levels = None
 
     def __init__(self, weight: Tensor, factor: CholeskyFactor, settings: GPTQSettings) -> None:
-        out_features, in_features = weight.shape
+        in_features = weight.shape[1]
         size = in_features if settings.group_size == -1 else settings.group_size
         self.max_code = (1 << settings.bits) - 1
-        self.static = settings.static_groups or size == in_features
-        self.block_size = settings.block_size if self.static else size
-        self._settings = settings
-        self._columns = factor.columns
-        self._importance = factor.importance if settings.importance_scales else None
-
+        importance = factor.importance if settings.importance_scales else None
         grouping = torch.arange(in_features, device=weight.device)
         if settings.desc_act:
             grouping = factor.columns.flip(0)
         self.g_idx = torch.empty(in_features, dtype=torch.int32, device=weight.device)
         self.g_idx[grouping] = torch.arange(in_features, dtype=torch.int32, device=weight.device) // size
         self._group_index = self.g_idx[factor.columns].long()
-        if self.static:
-            self.scales, self.zeros = self._choose(weight[:, grouping] if settings.desc_act else weight, grouping, size)
-        else:
-            groups = -(-in_features // size)
-            self.scales = torch.empty(groups, out_features, dtype=torch.float16, device=weight.device)
-            self.zeros = torch.empty(groups, out_features, dtype=torch.uint8, device=weight.device)
-
-    def choose_group_scales(self, start: int, stop: int, updated: Tensor) -> None:
-        """Choose scale and zero of the group at positions start..stop from its updated weights [stop - start, N]."""
-        group = self._group_index[start]
-        scales, zeros = self._choose(updated.T, self._columns[start:stop], -1)
-        self.scales[group], self.zeros[group] = scales[0], zeros[0]
-
-    def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Zero and scale, both fp32 [stop - start, N], of positions start..stop."""
-        groups = self._group_index[start:stop]
-        return self.zeros[groups].float(), self.scales[groups].float()
+        if settings.desc_act:
+            weight, importance = weight[:, grouping], None if importance is None else importance[grouping]
+        self.scales, self.zeros = group_scales(weight, importance, settings.bits, size, settings.sym)
 
     def whole(self) -> Grid:
         """The grid of the whole weight."""
         return Grid(self.scales.float(), self.zeros.float(), self._group_index, self.max_code)
-
-    def _choose(self, weight: Tensor, columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        importance = None if self._importance is None else self._importance[columns]
-        return group_scales(weight, importance, self._settings.bits, size, self._settings.sym)
 
 
 class NF4Grid:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantize.solver.factor import cholesky_in_place, divide_above_diagonal
+from quantize.solver.factor import cholesky_in_place
 
 IDENTITY_SHARE = 0.5  # share of B's trace that is spread over all outputs
 
@@ -43,5 +43,5 @@ class OutputFactor:
         matrix.diagonal().copy_((1 - share) * diagonal.maximum(vectors.square().sum(1)) + share)
         if not cholesky_in_place(matrix):
             raise AssertionError("a positive definite matrix could not be factorised")
-        divide_above_diagonal(matrix, matrix.diagonal().clone())
+        matrix /= matrix.diagonal().clone()[:, None]
         return cls(matrix.triu_(1).flip(0, 1))

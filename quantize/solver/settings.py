@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from runtime.common.errors import ConfigurationError
 
 MIN_GROUP_SIZE = 16
-INNER_BLOCK_SIZE = 16  # columns: matrix-vector products inside an inner block, matrix products between them
 
 
 @dataclass(frozen=True)
@@ -20,13 +19,9 @@ class GPTQSettings:
         group_size: input columns per scale, -1 for all.
         desc_act: form the groups in activation order, so that `g_idx` is permuted.
         damp_percent: fraction of each diagonal entry of the Hessian that is added to it.
-        static_groups: choose all scales before the solve, from the original weights. Otherwise choose a group's scales
-            from its updated weights when the solver reaches it, which requires contiguous groups.
         activation_order: quantize the columns with the largest mean square input first. Without `desc_act` the groups
             stay k // group_size, so `g_idx` stays sorted and readers lose no speed.
         importance_scales: search for the scales with the least weighted squared error instead of taking min-max.
-        descent_passes: coordinate descent passes over codes and scales after the solve.
-        block_size: columns per block of the solve; it changes speed, not the method.
 
     Raises:
         ConfigurationError: a value is out of range, or two settings contradict each other.
@@ -38,11 +33,8 @@ class GPTQSettings:
     sym: bool = True
     desc_act: bool = False
     damp_percent: float = 0.05
-    static_groups: bool = True
     activation_order: bool = True
     importance_scales: bool = True
-    descent_passes: int = 3
-    block_size: int = 128
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -55,16 +47,9 @@ class GPTQSettings:
             )
         if not 0 <= self.damp_percent <= 1:
             raise ConfigurationError(f"--damp-percent is {self.damp_percent}; it must be between 0 and 1.")
-        if self.descent_passes < 0:
-            raise ConfigurationError(f"--descent-passes is {self.descent_passes}; it must be at least 0.")
         if self.desc_act and not self.activation_order:
             raise ConfigurationError(
                 "--desc-act forms its groups in activation order, which --no-activation-order turns off; drop one."
-            )
-        if self.activation_order and not self.desc_act and not self.static_groups and self.group_size != -1:
-            raise ConfigurationError(
-                "--no-static-groups needs contiguous groups, but activation order interleaves them; drop "
-                "--no-static-groups, or add --desc-act or --no-activation-order."
             )
 
 

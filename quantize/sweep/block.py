@@ -7,7 +7,7 @@ earlier ones already packed ("true sequential"). q, k and v share one Hessian an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -78,7 +78,12 @@ class BlockForward:
 Step = Callable[[BlockForward, int], torch.Tensor]
 """A method of `BlockForward` that returns the input of one group of linears for one batch."""
 
-QKV, O_PROJ, GATE_UP, DOWN_PROJ = BLOCK_LINEAR_GROUPS
+STEPS: tuple[Step, ...] = (
+    BlockForward.attention_input,
+    BlockForward.attention_context,
+    BlockForward.mlp_input,
+    BlockForward.mlp_activation,
+)
 
 
 def quantize_block(
@@ -101,15 +106,15 @@ def quantize_block(
         states: hidden states before the block.
         index: the block's number, for messages.
         quantizations: how each linear is stored, by name.
-        gradients: of the scores, by the block's linears.
+        gradients: of the scores, by the block's linears; None without calibration.
 
     Raises:
         NonFiniteError: an activation or a weight is not finite.
         UnresumableJobError: a Hessian cannot be factorised.
     """
-    quantizer = BlockQuantizer(block, recipe, quantizations, index, states.quantized.device, on_linear, gradients)
+    quantizer = BlockQuantizer(block, recipe, quantizations, index, states.quantized.device, on_linear)
     # The unquantized block runs first, so that an error names the checkpoint's weights and not the packed ones.
-    if not recipe.calibrated:
+    if gradients is None:
         states.reference.advance(original, index)
         for name in BLOCK_LINEARS:
             quantizer.quantize_without_data(name)
@@ -117,77 +122,39 @@ def quantize_block(
         return quantizer.result()
 
     states.reference.advance(original, index, states.parity_batches)
-    quantized = BlockForward(block, states.quantized, index)
     reference = BlockForward(original, states.reference, index)
-    batches = states.calibration_batches
-    _quantize_group(QKV, BlockForward.attention_input, quantizer, quantized, reference, batches)
-    _quantize_group(O_PROJ, BlockForward.attention_context, quantizer, quantized, reference, batches)
-    _quantize_group(GATE_UP, BlockForward.mlp_input, quantizer, quantized, reference, batches)
-    _quantize_group(DOWN_PROJ, BlockForward.mlp_activation, quantizer, quantized, reference, batches)
+    quantized, batches = BlockForward(block, states.quantized, index), states.calibration_batches
+    for group, step in zip(BLOCK_LINEAR_GROUPS, STEPS, strict=True):
+        hessian, correction = quantizer.start_group(group)
+        weights = gradients.token_weights(group, hessian.in_features)
+        for batch in batches:
+            of_tokens = weights[quantized.hidden_states.rows(batch)]
+            _add_inputs(hessian, correction, of_tokens, step, quantized, reference, batch, quantizer.seconds)
+        quantizer.quantize_group(group, hessian, correction, gradients)
     for batch in batches:  # gate and up run a second time: down_proj was not packed the first time
         quantized.write_output(batch, quantized.mlp_activation(batch))
     states.quantized.advance(block, index, states.parity_batches)
     return quantizer.result()
 
 
-def _quantize_group(
-    group: Sequence[str],
-    step: Step,
-    quantizer: BlockQuantizer,
-    quantized: BlockForward,
-    reference: BlockForward,
-    batches: Sequence[int],
-) -> None:
-    """Accumulate the statistics of the group's input over all batches, then quantize its linears."""
-    hessian, correction = quantizer.start_group(group)
-    if quantizer.gradients:
-        of_all = quantizer.gradients.token_weights(group, hessian.in_features)
-        weights: list[torch.Tensor | None] = [of_all[quantized.hidden_states.rows(batch)] for batch in batches]
-    else:
-        scored_share = quantizer.recipe.scored_share
-        weights = [token_weights(quantized.hidden_states, batch, scored_share) for batch in batches]
-    _accumulate(hessian, correction, step, quantizer, quantized, reference, dict(zip(batches, weights, strict=True)))
-    quantizer.quantize_group(group, hessian, correction)
-
-
-def _accumulate(
+def _add_inputs(
     hessian: Hessian,
-    correction: TargetCorrection | None,
+    correction: TargetCorrection,
+    weights: torch.Tensor,
     step: Step,
-    quantizer: BlockQuantizer,
     quantized: BlockForward,
     reference: BlockForward,
-    weights: Mapping[int, torch.Tensor | None],
+    batch: int,
+    seconds: dict[str, float],
 ) -> None:
-    """Add the inputs of all batches, with the weights of their tokens.
-
-    A function of its own, so that the last inputs are freed before `factorise`.
-    """
-    for batch, of_tokens in weights.items():
-        start = time.perf_counter()
-        x = step(quantized, batch)
-        reference_x = step(reference, batch)
-        middle = time.perf_counter()
-        hessian.add(x, of_tokens)
-        if correction:
-            correction.add(x, reference_x, of_tokens)
-        end = time.perf_counter()
-        if step is BlockForward.mlp_activation:  # the last step: only down_proj remains of the unquantized block
-            reference.write_output(batch, reference_x)
-        quantizer.seconds["inputs"] += middle - start + time.perf_counter() - end
-        quantizer.seconds["hessian"] += end - middle
-
-
-def token_weights(hidden_states: HiddenStates, batch: int, scored_share: float) -> torch.Tensor | None:
-    """Weights [T] that give each sequence's scored token `scored_share` of the sequence's total weight.
-
-    All other tokens have weight 1: they affect the score only through the scored token. None if `scored_share` is 0,
-    for equal weights.
-    """
-    if scored_share <= 0:
-        return None
-    packed_batch = hidden_states.batches[batch]
-    weights = torch.ones(packed_batch.tokens, device=hidden_states.device)
-    tokens_before = packed_batch.positions[packed_batch.scored].float()
-    weights[packed_batch.scored] = (tokens_before * scored_share / (1 - scored_share)).clamp_min(1.0)
-    return weights
+    """Add a batch's inputs of one group, with the weights [T] of its tokens. When this returns, they are freed."""
+    start = time.perf_counter()
+    x, reference_x = step(quantized, batch), step(reference, batch)
+    middle = time.perf_counter()
+    hessian.add(x, weights)
+    correction.add(x, reference_x, weights)
+    end = time.perf_counter()
+    if step is BlockForward.mlp_activation:  # the last step: only down_proj remains of the unquantized block
+        reference.write_output(batch, reference_x)
+    seconds["inputs"] += middle - start + time.perf_counter() - end
+    seconds["hessian"] += end - middle

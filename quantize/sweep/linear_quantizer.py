@@ -12,7 +12,6 @@ import torch
 
 from quantize.gradients.statistics import GradientStatistics
 from quantize.job.recipe import Recipe
-from quantize.solver.coordinate_descent import coordinate_descent
 from quantize.solver.correction import TargetCorrection
 from quantize.solver.data_free import quantize_int8, quantize_nf4, round_to_nearest
 from quantize.solver.factor import CholeskyFactor, factorise
@@ -31,7 +30,7 @@ from runtime.modeling.linear import Tensors, make_linear
 from runtime.modeling.qwen2 import Block
 
 ProgressCallback = Callable[[str, float | None], None]
-"""Called with each linear before its solve and before its coordinate descent, and the previous relative loss."""
+"""Called with each linear before its solve, and the previous relative loss."""
 
 
 @dataclass
@@ -91,51 +90,48 @@ class BlockQuantizer:
         index: int,
         device: torch.device | str,
         on_linear: ProgressCallback,
-        gradients: GradientStatistics | None = None,
     ):
         """
         Args:
             quantizations: how each linear is stored, by name.
             index: the block's number, for messages.
             device: where activations and Hessians are.
-            gradients: of the scores; None weights all outputs of a linear equally.
         """
-        self.gradients = gradients
         self.block, self.recipe, self.index, self.device, self.on_linear = block, recipe, index, device, on_linear
         self.quantizations = quantizations
-        self.seconds = dict.fromkeys(("inputs", "hessian", "factorise", "solve", "refine", "pack"), 0.0)
+        self.seconds = dict.fromkeys(("inputs", "hessian", "correct", "factorise", "solve", "pack"), 0.0)
         self._tensors: Tensors = {name: block.norms[name] for name in BLOCK_NORMS}
         self._linears: dict[str, LinearMetrics] = {}
         self._linear_seconds: dict[str, float] = dict.fromkeys(BLOCK_LINEARS, 0.0)
         self._loss: float | None = None
 
-    def start_group(self, group: Sequence[str]) -> tuple[Hessian, TargetCorrection | None]:
-        """Return empty statistics for linears that share an input; the correction is None if it is disabled."""
+    def start_group(self, group: Sequence[str]) -> tuple[Hessian, TargetCorrection]:
+        """Return empty statistics of linears that share an input."""
         self.on_linear(group[0], self._loss)
-        in_features = self.block.model_config.linear_shape(group[0])[1]
-        hessian = Hessian(in_features, self.device, self._label(group))
-        if not self.recipe.correction:
-            return hessian, None
         linears = [self.block.linears[name] for name in group]
-        return hessian, TargetCorrection(linears, in_features, self.device)
+        hessian = Hessian(linears[0].shape[1], self.device, self._label(group))
+        return hessian, TargetCorrection(linears, self.device)
 
-    def quantize_group(self, group: Sequence[str], hessian: Hessian, correction: TargetCorrection | None) -> None:
+    def quantize_group(
+        self, group: Sequence[str], hessian: Hessian, correction: TargetCorrection, gradients: GradientStatistics
+    ) -> None:
         """Quantize the linears of `group` under the accumulated statistics, which are consumed.
+
+        Args:
+            gradients: of the scores, by the outputs of the linears.
 
         Raises:
             NonFiniteError: a calibration input or a weight is not finite.
             UnresumableJobError: the Hessian cannot be factorised.
         """
-        factor = self._factorise(hessian, group)
-        targets = []
+        targets, factor = self._factorise(group, hessian, correction)
         for name in group:
-            linear = self.block.linears[name]
+            self.on_linear(name, self._loss)
             with self._timed("solve", name):
-                if correction:
-                    targets.append(correction.target(linear, factor, hessian.weight))
-                else:
-                    targets.append(linear.weight(torch.float32))
-        self._pack(group, self._solve(group, targets, factor))
+                outputs = OutputFactor.from_low_rank(*gradients.output_moment(name))
+                solved = solve(targets.pop(0), factor, self._settings(name), outputs=outputs)
+            self._loss = solved.relative_loss
+            self._pack(name, solved)
 
     def quantize_without_data(self, name: str) -> None:
         """Quantize a linear from its weight alone."""
@@ -160,57 +156,39 @@ class BlockQuantizer:
     def _settings(self, linear: str) -> GPTQSettings:
         return self.recipe.settings(self.quantizations[linear])
 
-    def _factorise(self, hessian: Hessian, group: Sequence[str]) -> CholeskyFactor:
-        """Factorise the Hessian and free it. Freed memory is released first, because this is the peak."""
+    def _factorise(
+        self, group: Sequence[str], hessian: Hessian, correction: TargetCorrection
+    ) -> tuple[list[torch.Tensor], CholeskyFactor]:
+        """Compute the target weights, then factorise the Hessian. Freed memory is released first: this is the peak."""
         start = time.perf_counter()
         Workspace.of(torch.device(self.device)).clear()
         release_freed_memory()
         matrix = hessian.matrix()
         hessian.free()
+        targets = correction.targets(matrix, hessian.weight)
+        middle = time.perf_counter()
         factor = factorise(matrix, self._settings(group[0]), self._label(group))
         del matrix
-        self.seconds["factorise"] += time.perf_counter() - start
-        return factor
+        self.seconds["correct"] += middle - start
+        self.seconds["factorise"] += time.perf_counter() - middle
+        return targets, factor
 
-    def _solve(
-        self, group: Sequence[str], targets: Sequence[torch.Tensor], factor: CholeskyFactor
-    ) -> list[SolvedLinear]:
-        """Solve all linears, then run coordinate descent: its Hessian overwrites the factor."""
-        settings, solved = self._settings(group[0]), []
-        for name, target in zip(group, targets, strict=True):
-            self.on_linear(name, self._loss)
-            with self._timed("solve", name):
-                outputs = OutputFactor.from_low_rank(*self.gradients.output_moment(name)) if self.gradients else None
-                solved.append(solve(target, factor, settings, outputs=outputs))
-            self._loss = solved[-1].relative_loss
-        # Coordinate descent would weight all outputs equally, and knows uniform grids only.
-        if self.gradients or settings.nf4 or not settings.descent_passes:
-            return solved
-        with self._timed("refine", group[0]):
-            matrix = factor.into_hessian()
-        for index, (name, target) in enumerate(zip(group, targets, strict=True)):
-            self.on_linear(name, self._loss)
-            with self._timed("refine", name):
-                solved[index] = coordinate_descent(target, solved[index], matrix, factor, settings)
-            self._loss = solved[index].relative_loss
-        return solved
-
-    def _pack(self, group: Sequence[str], solved: Sequence[SolvedLinear]) -> None:
-        for name, each in zip(group, solved, strict=True):
-            with self._timed("pack", name):
-                if each.quant_state is None:
-                    packed = pack_gptq(each.codes, each.zeros, each.scales, each.g_idx, self.quantizations[name].bits)
-                else:
-                    packed = pack_nf4(each.codes, each.quant_state, self.block.model_config.dtype)
-            metrics = LinearMetrics(
-                each.loss,
-                each.relative_loss,
-                _decibels(each.relative_loss),
-                each.damp,
-                each.dead_columns,
-                list(each.notes),
-            )
-            self._replace(name, packed, metrics)
+    def _pack(self, name: str, solved: SolvedLinear) -> None:
+        with self._timed("pack", name):
+            if solved.quant_state is None:
+                bits = self.quantizations[name].bits
+                packed = pack_gptq(solved.codes, solved.zeros, solved.scales, solved.g_idx, bits)
+            else:
+                packed = pack_nf4(solved.codes, solved.quant_state, self.block.model_config.dtype)
+        metrics = LinearMetrics(
+            solved.loss,
+            solved.relative_loss,
+            _decibels(solved.relative_loss),
+            solved.damp,
+            solved.dead_columns,
+            list(solved.notes),
+        )
+        self._replace(name, packed, metrics)
 
     def _round(self, weight: torch.Tensor, name: str) -> Tensors:
         if self.recipe.method == "nf4":

@@ -66,7 +66,7 @@ def test_stored_scores_give_the_report_that_quantizing_gave(place, capfd, tmp_pa
     assert now.figures.mean_shift.value == pytest.approx(then.figures.mean_shift.value, abs=1e-4)
     assert (now.subject.model, now.subject.reference) == ("q4", "model")
     assert now.subject.reference_dtype == then.subject.reference_dtype
-    assert now.subject.settings["scored_share"] == then.subject.settings["scored_share"]
+    assert now.subject.settings["damp_percent"] == then.subject.settings["damp_percent"]
     assert now.subject.settings["here"] == {"devices": "cpu", "arithmetic": "float32", "token_budget": 1024}
     notes = " ".join(now.notes)
     assert f"{40 - PAIRS - ROWS // 2} of 40 pairs are left out: no reference scores are stored" in notes

@@ -101,8 +101,6 @@ def test_outputs_are_named_after_model_and_method(model: str, method: str, bits:
     ("flag", "field"),
     [
         ("--asymmetric", "sym"),
-        ("--no-correction", "correction"),
-        ("--no-static-groups", "static_groups"),
         ("--no-activation-order", "activation_order"),
         ("--no-importance-scales", "importance_scales"),
         ("--no-recalibration", "recalibration"),

@@ -9,19 +9,18 @@ import pytest
 import torch
 
 from quantize.sweep import linear_quantizer
-from quantize.sweep.block import quantize_block, token_weights
+from quantize.sweep.block import quantize_block
 from quantize.sweep.hidden_states import SweepStates
 from quantize.sweep.linear_quantizer import PackedBlock
 from runtime.checkpoints.model_config import BIASED_LINEARS, BLOCK_LINEARS, BLOCK_NORMS, ModelConfig
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS
 from runtime.common.errors import NonFiniteError
 from runtime.conversations.rendering import RenderedConversation
-from runtime.execution.hidden_states import HiddenStates
 from runtime.kernels.reference import dequantize_gptq
 from runtime.modeling.linear import Tensors
-from runtime.modeling.packed_batch import pack_batches
 from runtime.modeling.precision import BFLOAT16, FLOAT32, Precision
 from runtime.modeling.qwen2 import Block
+from tests.helpers.random_gradients import random_gradients
 from tests.helpers.tiny import tiny_config, tiny_tensors
 from tests.quantize.test_job import RECIPE
 
@@ -57,7 +56,13 @@ def block_tensors() -> Tensors:
 def quantize(states: SweepStates, recipe=GPTQ, on_linear=lambda *_: None) -> PackedBlock:
     tensors = block_tensors()
     quantizations = recipe.quantization().of_block(0)
-    return quantize_block(states.block(tensors), states.block(tensors), states, 0, recipe, quantizations, on_linear)
+    gradients = random_gradients(ARCHITECTURE, calibration_tokens(states)) if recipe.calibrated else None
+    block, original = states.block(tensors), states.block(tensors)
+    return quantize_block(block, original, states, 0, recipe, quantizations, on_linear, gradients)
+
+
+def calibration_tokens(states: SweepStates) -> int:
+    return sum(states.quantized.batches[index].tokens for index in states.calibration_batches)
 
 
 METHODS = {
@@ -141,8 +146,7 @@ def plain_inputs(packed: Tensors, hidden: torch.Tensor) -> dict[str, torch.Tenso
     return dict(zip((group[0] for group in BLOCK_LINEAR_GROUPS), (x, context, after, activation), strict=True))
 
 
-@pytest.mark.parametrize("share", [0.0, 1 / 8])
-def test_each_stop_has_the_hessian_of_what_the_packed_linears_before_it_give(monkeypatch, share):
+def test_each_group_has_the_hessian_of_what_the_packed_linears_before_it_give(monkeypatch):
     """True sequential, over calibration rows only, against a forward pass and a sum written out by hand."""
     seen = []
     real = linear_quantizer.factorise
@@ -152,20 +156,18 @@ def test_each_stop_has_the_hessian_of_what_the_packed_linears_before_it_give(mon
         lambda matrix, *more: (seen.append(matrix.clone().double()), real(matrix, *more))[1],
     )
     states = make_streams()
-    packed = quantize(states, replace(GPTQ, scored_share=share))
-    expected, total = {}, 0.0
-    hidden_states = states.quantized
+    packed = quantize(states)
+    gradients = random_gradients(ARCHITECTURE, calibration_tokens(states))
+    expected, hidden_states = {}, states.quantized
     for index in states.calibration_batches:
         batch, hidden = hidden_states.batches[index], hidden_states.read(index)
-        for ((start, end),), scored in zip(batch.token_ranges, batch.scored.tolist(), strict=True):
-            weights = torch.ones(end - start, dtype=torch.float64)
-            weights[scored - start] = max(1, share / (1 - share) * (scored - start))
+        for ((start, end),) in batch.token_ranges:
             for group, x in plain_inputs(packed.tensors, hidden[start:end]).items():
+                weights = gradients.token_weights([group], x.shape[1])[hidden_states.rows(index)][start:end].double()
                 expected[group] = expected.get(group, 0) + x.T @ (weights[:, None] * x)
-            total += weights.sum().item()
     assert len(seen) == len(expected) == 4
     for matrix, (group, sum_) in zip(seen, expected.items(), strict=True):
-        wanted = sum_ / total
+        wanted = sum_ / calibration_tokens(states)  # the weights have mean 1
         assert (matrix - wanted).norm() < 1e-5 * wanted.norm(), group
 
 
@@ -221,49 +223,6 @@ def test_parity_rows_teach_nothing():
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-# ---- token weights --------------------------------------------------------------------------------------
-
-
-def make_batch(lengths: list[int], scored: list[int] | None = None) -> HiddenStates:
-    """One batch of sequences; `scored` counts from each one's start."""
-    places = scored or [length - 1 for length in lengths]
-    rows = [
-        RenderedConversation([row] * length, place)
-        for row, (length, place) in enumerate(zip(lengths, places, strict=True))
-    ]
-    return HiddenStates(pack_batches(rows, sum(lengths)), 4)
-
-
-@pytest.mark.parametrize("share", [1 / 32, 1 / 8, 0.5, 0.99])
-def test_the_scored_token_has_its_share_of_what_it_and_all_before_it_weigh(share):
-    lengths, scored = [200, 40, 1, 33, 2], [199, 17, 0, 32, 1]
-    weights = token_weights(make_batch(lengths, scored), 0, share)
-    assert weights is not None
-    for part, place in zip(weights.split(lengths), scored, strict=True):
-        others = torch.cat((part[:place], part[place + 1 :]))
-        assert torch.equal(others, torch.ones_like(others))
-        if share * (place + 1) > 1:
-            assert part[place].item() == pytest.approx(share * part[: place + 1].sum().item(), rel=1e-5)
-
-
-def test_tokens_in_common_count_once_and_each_end_for_itself():
-    prompt = list(range(50))
-    hidden_states = HiddenStates(
-        pack_batches([RenderedConversation([*prompt, 60], 50), RenderedConversation([*prompt, 70, 71, 72], 52)], 100), 4
-    )
-    weights = token_weights(hidden_states, 0, 0.5)
-    assert weights is not None and weights.tolist() == [1.0] * 50 + [50.0] + [1.0, 1.0, 52.0]
-
-
-def test_a_row_so_short_that_the_share_would_take_weight_away_keeps_it():
-    weights = token_weights(make_batch([20]), 0, 1 / 32)
-    assert weights is not None and torch.equal(weights, torch.ones(20))
-
-
-def test_no_share_is_no_weights():
-    assert token_weights(make_batch([20, 30]), 0, 0.0) is None
-
-
 # ---- figures and faults ---------------------------------------------------------------------------------
 
 
@@ -299,19 +258,16 @@ def test_whoever_watches_is_told_of_every_linear_and_the_loss_before():
     packed = quantize(make_streams(), on_linear=lambda name, loss: told.append((name, loss)))
     last = None
     for group in BLOCK_LINEAR_GROUPS:
-        refined = {name: packed.linears[name].relative_loss for name in group}
-        begun, first, *rest = [told.pop(0) for _ in range(1 + 2 * len(group))]
-        assert begun == first == (group[0], last)
-        assert [name for name, _ in rest] == [*group[1:], *group]
-        assert all(loss > refined[name] for name, (_, loss) in zip(group, rest, strict=False))  # solved, not refined
-        assert [loss for _, loss in rest[len(group) :]] == [refined[name] for name in group[:-1]]
-        last = refined[group[-1]]
+        assert told.pop(0) == (group[0], last)  # its Hessian
+        for name in group:
+            assert told.pop(0) == (name, last)
+            last = packed.linears[name].relative_loss
     assert not told
 
 
 def test_every_stage_takes_its_seconds():
     packed = quantize(make_streams())
-    assert set(packed.seconds) == {"inputs", "hessian", "factorise", "solve", "refine", "pack"}
+    assert set(packed.seconds) == {"inputs", "hessian", "correct", "factorise", "solve", "pack"}
     assert all(seconds > 0 for seconds in packed.seconds.values())
 
 
@@ -334,4 +290,5 @@ def test_an_activation_that_is_no_number_is_named_by_block_and_row(monkeypatch, 
 
     monkeypatch.setattr(Block, "after_mlp", after_mlp)
     with pytest.raises(NonFiniteError, match=rf"block 0, {of}: a non-finite activation in conversation {row};"):
-        quantize_block(block, original, states, 0, GPTQ, GPTQ.quantization().of_block(0), print)
+        gradients = random_gradients(ARCHITECTURE, calibration_tokens(states))
+        quantize_block(block, original, states, 0, GPTQ, GPTQ.quantization().of_block(0), print, gradients)

@@ -18,8 +18,7 @@ from runtime.common.errors import ConfigurationError, JobError, NonFiniteError, 
 RECIPE = Recipe(
     model="a" * 64, conversations="b" * 64, method="gptq", calibrated=True, bits=4, errors_of="", group_size=128,
     sym=True, desc_act=False, damp_percent=0.01,
-    static_groups=True, activation_order=True, importance_scales=True, refine_passes=3,
-    score_gradients=False, scored_share=1 / 32, correction=True, token_budget=2048, dtype="float32", device="cpu",
+    activation_order=True, importance_scales=True, token_budget=2048, dtype="float32", device="cpu",
     repair=True,
 )  # fmt: skip
 
@@ -86,8 +85,7 @@ def test_what_resuming_does_not_mend_does_not_advise_it(tmp_path, error):
         ("group_size", 64, "group_size was 128 and is now 64"),
         ("sym", False, "sym was True and is now False"),
         ("damp_percent", 0.05, "damp_percent was 0.01 and is now 0.05"),
-        ("refine_passes", 0, "descent_passes was 3 and is now 0"),
-        ("scored_share", 0.0, "scored_share was 0.03125 and is now 0.0"),
+        ("activation_order", False, "activation_order was True and is now False"),
         ("method", "nf4", "method was 'gptq' and is now 'nf4'"),
         ("token_budget", 4096, "token_budget was 2048 and is now 4096"),
         ("dtype", "bfloat16", "dtype was 'float32' and is now 'bfloat16'"),
@@ -108,9 +106,10 @@ def test_a_job_of_another_version_is_told_apart_from_a_changed_one(tmp_path):
     start(tmp_path)
     file = tmp_path / "job" / "job.json"
     state = json.loads(file.read_text())
-    del state["recipe"]["refine_passes"]
+    del state["recipe"]["importance_scales"]
     file.write_text(json.dumps(state))
-    with pytest.raises(JobError, match=r"a version of the kit with other arguments \(refine_passes\); finish it with"):
+    match = r"a version of the kit with other arguments \(importance_scales\); finish it with"
+    with pytest.raises(JobError, match=match):
         Job.open(tmp_path, RECIPE, resume=True)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from quantize.arguments import parse
+from quantize.job.gradient_plan import GradientPlan
 from quantize.job.inputs import plan_from_config, read_inputs
 from quantize.job.plan import QuantizationPlan, TokenCounts
 from quantize.job.plan_table import plan_rows, token_warning
@@ -32,13 +33,11 @@ LOAD = TokenCounts(calibration_tokens=16_384, parity_tokens=32_768, longest_batc
 
 
 def plan_of(model_config: ModelConfig = LARGE, quantization: QuantizationConfig = GPTQ, **more) -> QuantizationPlan:
-    calibrated = quantization.method == "gptq"
+    gradients = GradientPlan(model_config, LOAD.calibration_tokens, LOAD.longest_batch, 4)
     fields = {
         "bits": quantization.bits,
         "token_counts": LOAD,
-        "calibrated": calibrated,
-        "correction": calibrated,
-        "descent_passes": 3,
+        "gradients": gradients if quantization.method == "gptq" else None,
         "matmul_bytes": 4,
         "prefetch": True,
         "device": "cpu",
@@ -89,7 +88,7 @@ def test_its_work_is_two_forward_passes_and_hessians_and_solves():
     assert flops["reference stream"] == flops["quantized stream"] == forward
     widths = 3 * 8192**2 + 29568**2
     assert flops["Hessians"] == 2 * widths * LOAD.calibration_tokens
-    assert flops["refinement"] == 8 * flops["solve"] and "refinement" not in plan_of(descent_passes=0).flops()
+    assert flops["backward sweep"] > forward / 2 and flops["solve"] > 2 * plan_of().block_weights * 8192
     assert set(plan_of(quantization=QuantizationConfig(method="nf4", bits=4)).flops()) == {
         "reference stream", "quantized stream",
     }  # fmt: skip
@@ -176,7 +175,7 @@ def test_reading_ahead_is_given_up_first():
 
 def test_too_small_a_budget_says_how_many_tokens_would_fit():
     plan = plan_of()
-    budget = replace(plan, prefetch=False).peak_host_bytes - plan.hidden_state_bytes // 2
+    budget = replace(plan, prefetch=False).peak_host_bytes - plan.mapped_bytes // 2
     with pytest.raises(
         ConfigurationError, match=r"allowed by --ram-budget; lower --rows and --parity-pairs"
     ) as refusal:
@@ -186,7 +185,8 @@ def test_too_small_a_budget_says_how_many_tokens_would_fit():
     token_counts = TokenCounts(
         int(share * LOAD.calibration_tokens), int(share * LOAD.parity_tokens), LOAD.longest_batch
     )
-    assert 0.4 < share < 0.6 and fit_memory(replace(plan, token_counts=token_counts), budget)
+    gradients = replace(plan.gradients, tokens=token_counts.calibration_tokens)
+    assert 0.4 < share < 0.6 and fit_memory(replace(plan, token_counts=token_counts, gradients=gradients), budget)
 
 
 def test_where_one_block_does_not_fit_no_fewer_rows_would_help(monkeypatch):
@@ -207,7 +207,7 @@ def test_mapped_pages_count_only_against_a_given_budget(monkeypatch):
     plan = plan_of()
     memory = namedtuple("memory", "available")
     monkeypatch.setattr(
-        "quantize.job.resources.psutil.virtual_memory", lambda: memory(plan.peak_host_bytes - plan.hidden_state_bytes)
+        "quantize.job.resources.psutil.virtual_memory", lambda: memory(plan.peak_host_bytes - plan.mapped_bytes)
     )
     assert fit_memory(plan, None).prefetch
     assert not fit_memory(plan, plan.peak_host_bytes - 1).prefetch
@@ -238,7 +238,7 @@ def test_what_is_written_already_needs_no_room(tmp_path, monkeypatch):
     plan = plan_of(ModelConfig.from_config(tiny_config(
         layers=2, hidden=128, intermediate=256, heads=4, kv_heads=2, vocab=320, dtype=torch.bfloat16
     )))  # fmt: skip
-    monkeypatch.setattr("quantize.job.resources.shutil.disk_usage", lambda place: usage(0, 0, plan.hidden_state_bytes))
+    monkeypatch.setattr("quantize.job.resources.shutil.disk_usage", lambda place: usage(0, 0, plan.temporary_bytes))
     with pytest.raises(ConfigurationError):
         check_disk(plan, tmp_path)
     (tmp_path / "model-00001-of-00004.safetensors").write_bytes(b"\0" * plan.disk_written)
@@ -264,7 +264,7 @@ def test_a_plan_from_a_config_alone_estimates_its_tokens(tmp_path):
     assert rows["activations"].startswith("memory-mapped in out/job/streams; rewritten for every block, ")
     assert "TFLOP/s" in rows["time"] and "so its Hessian is rank-deficient" in str(token_warning(plan))
     enough = replace(plan, token_counts=replace(counts, calibration_tokens=8 * 29568))
-    assert token_warning(enough) is None and token_warning(replace(plan, calibrated=False)) is None
+    assert token_warning(enough) is None and token_warning(replace(plan, gradients=None)) is None
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(42, "about 42 s"), (1200, "about 20 min"), (36_000, "about 10.0 h")])

@@ -363,14 +363,11 @@ def test_what_is_quantized_already_is_refused(finished, place, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--descent-passes", "-1"], "--descent-passes is -1; it must be at least 0"),
         (["--damp-percent", "5"], "--damp-percent is 5.0; it must be between 0 and 1"),
-        (["--scored-share", "1.5"], "--scored-share is 1.5; it must be at least 0 and below 1"),
         (["--group-size", "0"], "--group-size is 0; it must be positive"),
-        (["--bits", "4.5", "--no-score-gradients"], "--bits is 4.5, which gives more bits to the linears that move"),
-        (["--bits", "5", "--method", "rtn"], "Choose --bits 4 or 8"),
+        (["--bits", "5", "--method", "rtn"], "--bits is 5, which gives more bits to the linears that move the scores"),
         (["--errors-of", "."], "--errors-of tells where more bits go, but --bits is 4; try 4.5"),
-        (["--no-static-groups"], "drop --no-static-groups, or add --desc-act"),
+        (["--no-activation-order", "--desc-act"], "--desc-act forms its groups in activation order"),
         (["--rows", "0"], "--rows is 0, but gptq needs calibration rows"),
         (["--method", "nf4", "--rows", "0", "--parity-pairs", "0"], "both 0"),
         (["--rows", "-1"], "--rows is -1"),

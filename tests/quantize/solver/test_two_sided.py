@@ -60,7 +60,7 @@ def test_equals_plain_loops(shape, levels):
 def problem(columns: int = 96, rows: int = 64) -> tuple[Tensor, Tensor, GPTQSettings]:
     """Weight [N, K], Hessian and settings."""
     inputs = normal(400, columns, seed=4) @ normal(columns, columns, seed=5)
-    return normal(rows, columns), inputs.T @ inputs / 400, GPTQSettings(group_size=32, descent_passes=0)
+    return normal(rows, columns), inputs.T @ inputs / 400, GPTQSettings(group_size=32)
 
 
 def test_with_equal_outputs_it_is_gptq():
