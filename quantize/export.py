@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,13 @@ from runtime.checkpoints.model_config import block_prefix
 from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.common.command import make_parser, run_command
 from runtime.common.errors import ConfigurationError
-from runtime.common.files import open_locked, sync_directory, write_file_atomically
+from runtime.common.files import (
+    open_locked,
+    partial_path,
+    scratch_directory,
+    sync_directory,
+    write_file_atomically,
+)
 from runtime.evaluation.pairs import PARITY_PAIRS_FILE
 from runtime.evaluation.reference_scores import REFERENCE_SCORES_FILE
 from runtime.evaluation.report import JSON_FILE
@@ -79,7 +84,7 @@ class ExportOptions:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    return run_command(parse, export, lambda _: "nothing was written.", argv)
+    return run_command(parse, export, resume_hint, argv)
 
 
 def parse(argv: list[str] | None = None) -> ExportOptions:
@@ -100,27 +105,29 @@ def export(options: ExportOptions, console: Console) -> int:
     # 1. Validate the model, the output directory and the free space.
     checkpoint = open_checkpoint(options.model)
     padded = pad_config(checkpoint, options.tensor_parallel)
-    check_output_and_space(options.output, checkpoint.nbytes() + added_bytes(checkpoint, padded))
     before, after = (each.model_config.intermediate_size for each in (checkpoint, padded))
     console.print(f"{checkpoint.name}: intermediate_size {before} becomes {after}, for {options.tensor_parallel} GPUs")
-
-    # 2. Write the checkpoint to a temporary directory.
-    output = options.output
-    partial = output.with_name(f".{output.name}.partial")
+    output, partial = options.output, partial_path(options.output)
     with open_locked(output.with_name(f".{output.name}.lock"), "wb", output) as lock:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         try:
-            partial.mkdir()
-            write_checkpoint(partial, checkpoint, padded, options.tensor_parallel, console)
+            with scratch_directory(partial):
+                check_output_and_space(output, checkpoint.nbytes() + added_bytes(checkpoint, padded))
 
-            # 3. Rename it to the output directory.
-            partial.rename(output)
-            sync_directory(output.parent)
+                # 2. Write the checkpoint to a temporary directory.
+                write_checkpoint(partial, checkpoint, padded, options.tensor_parallel, console)
+
+                # 3. Rename it to the output directory.
+                partial.rename(output)
+                sync_directory(output.parent)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
             Path(lock.name).unlink(missing_ok=True)
     console.print(f"checkpoint  {output}")
     return 0
+
+
+def resume_hint(options: ExportOptions) -> str:
+    """What a stopped export left behind."""
+    return f"{options.output} is finished." if options.output.exists() else "nothing was written."
 
 
 def pad_config(checkpoint: Checkpoint, tensor_parallel: int) -> Checkpoint:

@@ -13,7 +13,6 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -166,14 +165,19 @@ def test_hidden_states_in_files_give_the_very_scores_of_those_in_memory(six, mon
     checkpoint = open_checkpoint(six["gptq"])
     plan = plan_placement(checkpoint, devices="cpu", stream=True, token_budget=TOKENS)
     in_memory = Scorer(checkpoint, plan).score(CONVERSATIONS)
-    made = []
-    monkeypatch.setattr(
-        streaming, "TemporaryDirectory", lambda prefix: made.append(TemporaryDirectory(dir=tmp_path)) or made[0]
-    )
+    monkeypatch.setattr(streaming, "gettempdir", lambda: tmp_path)
+    left = []
+    real = streaming.sweep
+
+    def sweep(hidden_states, *more):
+        left.append([*tmp_path.iterdir()])
+        return real(hidden_states, *more)
+
+    monkeypatch.setattr(streaming, "sweep", sweep)
     shares = tuple(replace(share, spare_bytes=0) for share in plan.shares)
     in_files = Scorer(checkpoint, replace(plan, shares=shares, spare_host_bytes=0)).score(CONVERSATIONS)
     assert torch.equal(in_files, in_memory)
-    assert made and not any(tmp_path.iterdir())
+    assert left and not any(left), "files that a killed process would leave"
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(0, 60_000))

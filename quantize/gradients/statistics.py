@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from quantize.gradients.sensitivity import BlockSensitivity
 from quantize.solver.output_moment import OutputMoment
 from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS
 from runtime.common.errors import NonFiniteError
-from runtime.common.files import atomic_file
+from runtime.common.safetensors_writer import write_safetensors
 from runtime.modeling.linear import Tensors
 
 
@@ -65,8 +65,7 @@ class BlockGradients:
             tensors |= {f"{name}.vectors": vectors.cpu(), f"{name}.diagonal": diagonal.cpu()}
         if self._sensitivity:
             tensors["errors"] = self._sensitivity.errors()
-        with atomic_file(path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        write_safetensors(path, tensors)
 
 
 class GradientStatistics:

@@ -7,7 +7,6 @@ file lists it; its shard, its hidden states and its log line are on disk before.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
@@ -17,8 +16,15 @@ from typing import Any
 import torch
 
 from quantize.job.recipe import Recipe
-from runtime.common.errors import USER_FIXABLE_ERRNOS, ConfigurationError, JobError, KitError, UnresumableJobError
-from runtime.common.files import open_locked, write_file_atomically
+from runtime.common.errors import (
+    USER_FIXABLE_ERRNOS,
+    ConfigurationError,
+    JobError,
+    KitError,
+    UnresumableJobError,
+    describe_os_error,
+)
+from runtime.common.files import open_locked, remove_tree, write_file_atomically
 
 SCHEMA = 1
 
@@ -69,13 +75,17 @@ class Job:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.close()
-        if isinstance(error, OSError) and error.errno in USER_FIXABLE_ERRNOS and error.filename is None:
-            error.filename = str(self.output)  # some writers report a full disk without a path
         if isinstance(error, (ConfigurationError, UnresumableJobError)):
             return  # resuming does not help; their messages have the remedy
-        if isinstance(error, KitError) or (isinstance(error, OSError) and error.errno in USER_FIXABLE_ERRNOS):
-            message = str(error).rstrip(".")
-            raise JobError(f"{message}. Finished blocks are kept; run the same command with --resume.") from error
+        if isinstance(error, OSError) and error.errno in USER_FIXABLE_ERRNOS:
+            error.filename = error.filename or str(self.output)  # not every library names the file
+            message = describe_os_error(error)
+        elif isinstance(error, KitError):
+            message = str(error)
+        else:
+            return
+        message = message.rstrip(".")
+        raise JobError(f"{message}. Finished blocks are kept; run the same command with --resume.") from error
 
     @property
     def states_directory(self) -> Path:
@@ -131,7 +141,7 @@ class Job:
         self._remove_states()
 
     def _remove_states(self) -> None:
-        shutil.rmtree(self.states_directory, ignore_errors=True)
+        remove_tree(self.states_directory)
 
     def _save(self) -> None:
         write_file_atomically(self.output / "job" / "job.json", json.dumps(self._state, indent=1) + "\n")

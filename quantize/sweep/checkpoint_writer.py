@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.checkpoints.model_config import HEAD_TENSORS
 from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.checkpoints.safetensors_file import open_safetensors_file
-from runtime.common.errors import JobError
-from runtime.common.files import atomic_file, sha256_of, write_file_atomically
+from runtime.common.files import sha256_of, write_file_atomically
 from runtime.common.json_object import read_json_object
+from runtime.common.safetensors_writer import write_safetensors
 
 
 class CheckpointWriter:
@@ -41,16 +39,11 @@ class CheckpointWriter:
         """Write a shard and return its file name and sha256.
 
         Raises:
-            JobError: safetensors cannot write the file, for example because the disk is full.
+            OSError: the file cannot be written.
         """
         path = self.output / self.shard_name(position)
-        with atomic_file(path) as temporary:
-            try:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
-            except SafetensorError as error:  # also raised for a full disk
-                raise JobError(f"{path} cannot be written: {error}; check the disk.") from error
-            digest = sha256_of(temporary)
-        return path.name, digest
+        write_safetensors(path, tensors, {"format": "pt"})
+        return path.name, sha256_of(path)
 
     def write_embedding(self) -> tuple[str, str]:
         """Copy the embedding to the first shard."""

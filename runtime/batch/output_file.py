@@ -21,7 +21,7 @@ from runtime.batch.formats import CSV_HEADER, ENCODERS, encode_jsonl, is_scores_
 from runtime.batch.output_state import OutputState, progress_path
 from runtime.batch.row import OutputRecord
 from runtime.common.errors import USER_FIXABLE_ERRNOS, JobError, KitError, describe_os_error
-from runtime.common.files import open_locked, sync_directory
+from runtime.common.files import naming, open_locked, sync_directory
 
 
 def is_finished(path: Path, source: str | Path) -> bool:
@@ -30,6 +30,17 @@ def is_finished(path: Path, source: str | Path) -> bool:
         return False
     changed = Path(source).is_file() and Path(source).stat().st_mtime > path.stat().st_mtime
     return not changed
+
+
+def remove_converted_rows(path: Path) -> None:
+    """Remove the rows that a finished Parquet file was made of, if its run was killed before it did so."""
+    rows = _rows_path(path)
+    if rows != path and rows.is_file() and is_scores_file(rows):
+        rows.unlink(missing_ok=True)
+
+
+def _rows_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial.jsonl") if path.suffix == ".parquet" else path
 
 
 class OutputWriter(Protocol):
@@ -80,8 +91,7 @@ class OutputFile:
                 started with another recipe.
         """
         self.path = path
-        is_parquet = path.suffix == ".parquet"
-        self._rows_path = path.with_name(f"{path.name}.partial.jsonl") if is_parquet else path
+        self._rows_path = _rows_path(path)
         self._encode = ENCODERS[self._rows_path.suffix]
         self._sha256 = hashlib.sha256()
         self._file = open_locked(self._rows_path, "ab+", path)
@@ -99,15 +109,15 @@ class OutputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        saved = OutputState.load(self.path)  # not `self.state`: a signal may have come just after a save
-        if error is not None and saved is not None and not saved.rows:
-            progress_path(self.path).unlink(missing_ok=True)
-            self._file.truncate(0)
-            self._remove_if_empty()
-        self.close()
+        try:
+            saved = OutputState.load(self.path)  # not `self.state`: a signal may have come just after a save
+            if error is not None and saved is not None and not saved.rows:
+                self._truncate(0)  # first: rows without a record could not be told from another program's file
+                progress_path(self.path).unlink(missing_ok=True)
+                self._remove_if_empty()
+        finally:
+            self.close()
         fixable = isinstance(error, OSError) and error.errno in USER_FIXABLE_ERRNOS
-        if isinstance(error, OSError) and fixable and error.filename is None:
-            error.filename = str(self._rows_path)  # a failed write does not name its file
         if self.state.rows > self._rows_before and (fixable or isinstance(error, KitError)):
             reason = (describe_os_error(error) if isinstance(error, OSError) else str(error)).rstrip(".")
             raise JobError(
@@ -122,7 +132,8 @@ class OutputFile:
     def write(self, records: Sequence[OutputRecord], input_digest: str) -> None:
         latest = self.state.with_records(records, input_digest)
         length = self._append(self._encode(records))
-        os.fsync(self._file.fileno())
+        with naming(self._rows_path):
+            os.fsync(self._file.fileno())
         latest = replace(latest, bytes=latest.bytes + length, sha256=self._sha256.hexdigest())
         latest.save(self.path)
         self.state = latest
@@ -133,7 +144,7 @@ class OutputFile:
             write_parquet(self._rows_path, self.path)
         progress_path(self.path).unlink()
         if self._rows_path != self.path:
-            self._rows_path.unlink()
+            self._rows_path.unlink(missing_ok=True)
         sync_directory(self.path.parent)
 
     def _start_or_resume(self, recipe: dict[str, Any], resume: bool) -> OutputState:
@@ -165,7 +176,7 @@ class OutputFile:
     def _start(self, recipe: dict[str, Any]) -> OutputState:
         state = OutputState(recipe, torch.get_num_threads())
         state.save(self.path)  # before any byte of output, so that a restart knows the file is its own
-        self._file.truncate(0)
+        self._truncate(0)
         header = CSV_HEADER if self._rows_path.suffix == ".csv" else b""
         return replace(state, bytes=self._append(header))
 
@@ -181,12 +192,17 @@ class OutputFile:
                 f"{self._rows_path} has changed since its {state.rows:,} rows were written; restore it, or remove it "
                 f"and {progress_path(self.path)} to start again."
             )
-        self._file.truncate(state.bytes)
+        self._truncate(state.bytes)
+
+    def _truncate(self, size: int) -> None:
+        with naming(self._rows_path):
+            os.ftruncate(self._file.fileno(), size)  # unlike truncate() it is repeated after a signal
 
     def _append(self, data: bytes) -> int:
         rest = memoryview(data)
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        with naming(self._rows_path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
         self._sha256.update(data)
         return len(data)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from runtime.batch.engine import Engine, LocalEngine
 from runtime.batch.options import ScoreOptions
-from runtime.batch.output_file import OutputFile, OutputWriter, StandardOutput, is_finished
+from runtime.batch.output_file import OutputFile, OutputWriter, StandardOutput, is_finished, remove_converted_rows
 from runtime.batch.output_state import OutputState
 from runtime.batch.progress_bar import ScoringProgressBar
 from runtime.batch.reader import ScoreInput
@@ -29,6 +29,7 @@ def run(options: ScoreOptions, console: Console) -> int:
         console.print("No --model given, so this is the embedded demo. The real one: --model Qwen/WorldPM-72B")
 
     if options.resume and options.output and is_finished(options.output, options.file):
+        remove_converted_rows(options.output)
         console.print(f"{options.output} is finished; there is nothing left to score.")
         return 0
 

@@ -35,16 +35,19 @@ def run_command(
     Errors that the user can fix are printed as one line on standard error, with status 2. All others keep their
     traceback. Ctrl-C and SIGTERM print `resume_hint(options)`, with status 130.
     """
-    keep_freed_memory()
     console = CommandConsole()
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
+        signal.signal(signal.SIGTERM, _interrupt)
+        keep_freed_memory()
         options = parse(argv)
         try:
             return run(options, console)
         except KeyboardInterrupt:
             console.print(f"stopped; {resume_hint(options)}")
             return STOPPED
+    except KeyboardInterrupt:  # before the command began, or once more
+        console.print("stopped.")
+        return STOPPED
     except KitError as error:
         console.print(f"error: {error}")
     except BrokenPipeError:

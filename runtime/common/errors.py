@@ -5,14 +5,15 @@ exit with status 2.
 """
 
 import errno
+import os
 
 USER_FIXABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 """OSError numbers that the user can fix."""
 
 _REMEDIES = {
-    errno.ENOSPC: "free some space, or use another disk",
-    errno.EDQUOT: "free some space, or use another disk",
-    errno.EIO: "check the disk, or use another one",
+    errno.ENOSPC: "free some space{disk}, or use another disk",
+    errno.EDQUOT: "free some space{disk}, or use another disk",
+    errno.EIO: "check the disk{disk}, or use another one",
 }
 
 
@@ -65,5 +66,22 @@ def printable(text: str) -> str:
 def describe_os_error(error: OSError) -> str:
     """Return the file, the system's message and the remedy for an error in `USER_FIXABLE_ERRNOS`."""
     prefix = f"{error.filename}: " if error.filename else ""
-    remedy = _REMEDIES.get(error.errno or 0, "change its permissions, or use another path")
-    return f"{prefix}{(error.strerror or str(error)).lower()}; {remedy}."
+    problem = (error.strerror or str(error)).lower()
+    return f"{prefix}{problem}; {remedy(error, 'change its permissions, or use another path')}."
+
+
+def remedy(error: OSError, otherwise: str) -> str:
+    """What to do about an error, with the disk that is full or fails; `otherwise` for errors of another kind."""
+    if error.errno not in _REMEDIES:
+        return otherwise
+    path = error.filename if isinstance(error.filename, str) else ""
+    named = os.path.exists(path) or os.sep in path  # not "standard output"
+    return _REMEDIES[error.errno].format(disk=f" on {_mount_point(path)}" if named else "")
+
+
+def _mount_point(path: str) -> str:
+    """The directory where the disk of `path` is mounted."""
+    path = os.path.realpath(path)
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path

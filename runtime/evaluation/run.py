@@ -32,7 +32,7 @@ from runtime.evaluation.side_by_side import (
 from runtime.evaluation.variant import Variant, open_variants
 from runtime.options import ModelOptions
 
-RESUME_HINT = "no report was written; the same command starts again."
+RESUME_HINT = "the same command starts again."
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 
 from runtime.common.errors import UnresumableJobError
+from runtime.common.files import naming
 from runtime.execution.nonfinite import check_finite_hidden_states
 from runtime.modeling.packed_batch import PackedBatch
 from runtime.modeling.qwen2 import Block
@@ -33,6 +36,7 @@ class HiddenStates:
         name: str = "stream",
         finished_blocks: int = 0,
         in_place: bool = False,
+        unnamed: bool = False,
         buffer_device: torch.device | str = "cpu",
     ):
         """Allocate the buffers, or map their files.
@@ -42,6 +46,7 @@ class HiddenStates:
             directory: keep the buffers in files `NAME.0.bin` and `NAME.1.bin` here; None keeps them in memory.
             name: used in file names and error messages.
             finished_blocks: blocks that a resumed job has finished; its parity selects the current buffer.
+            unnamed: the files in `directory` have no names, so that nothing is left of them even after a kill.
             buffer_device: where buffers in memory are allocated.
 
         Raises:
@@ -59,7 +64,10 @@ class HiddenStates:
         if directory is not None and finished_blocks:
             _check_buffer_file(self._files[finished_blocks % 2], shape, dtype)
         self._buffers = [
-            _make_buffer(shape, dtype, file, buffer_device) for file in self._files[: 1 if in_place else 2]
+            torch.empty(shape, dtype=dtype, device=buffer_device)
+            if file is None
+            else _map_file(shape, dtype, file, unnamed)
+            for file in self._files[: 1 if in_place else 2]
         ]
         self.finished_blocks = finished_blocks
 
@@ -117,7 +125,8 @@ class HiddenStates:
         if file is not None:
             handle = os.open(file, os.O_RDWR)
             try:
-                os.fsync(handle)
+                with naming(file):
+                    os.fsync(handle)
             finally:
                 os.close(handle)
 
@@ -141,15 +150,18 @@ def _check_buffer_file(file: Path | None, shape: tuple[int, int], dtype: torch.d
         )
 
 
-def _make_buffer(
-    shape: tuple[int, int], dtype: torch.dtype, file: Path | None, buffer_device: torch.device | str
-) -> torch.Tensor:
-    if file is None:
-        return torch.empty(shape, dtype=dtype, device=buffer_device)
-    count = shape[0] * shape[1]
-    file.touch()
-    with open(file, "r+b") as handle:
+def _map_file(shape: tuple[int, int], dtype: torch.dtype, file: Path, unnamed: bool) -> torch.Tensor:
+    size = shape[0] * shape[1] * dtype.itemsize
+    with (
+        naming(file.parent if unnamed else file),
+        TemporaryFile(dir=file.parent) if unnamed else open(file, "r+b", opener=_open_or_create) as handle,
+    ):
         # Reserve the space now, so that a full disk raises an error here and not a bus error in a mapped page later.
         # Not append mode: where a file system cannot reserve, such as NFS 3, glibc emulates it by reading and writing.
-        os.posix_fallocate(handle.fileno(), 0, max(1, count * dtype.itemsize))
-    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
+        os.posix_fallocate(handle.fileno(), 0, max(1, size))
+        mapped = mmap.mmap(handle.fileno(), max(1, size))
+    return torch.frombuffer(mapped, dtype=torch.uint8)[:size].view(dtype).view(shape)
+
+
+def _open_or_create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, closing
+from contextlib import closing
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from threading import Event
 
 import torch
@@ -81,11 +81,10 @@ def _sweep_part(
     cancelled: Event,
 ) -> list[Chunk]:
     """One sweep. A function of its own, so that its hidden states are freed before the next part's are allocated."""
-    with ExitStack() as files:
-        hidden_states = _make_hidden_states(device_blocks, plan, batches, embedding.shape[1], files)
-        hidden_states.embed(embedding)
-        with device_context(device_blocks.device), closing(device_blocks.iterate_blocks()) as blocks:
-            outputs, records = sweep(hidden_states, blocks, device_blocks.share.blocks[-1], cancelled)
+    hidden_states = _make_hidden_states(device_blocks, plan, batches, embedding.shape[1])
+    hidden_states.embed(embedding)
+    with device_context(device_blocks.device), closing(device_blocks.iterate_blocks()) as blocks:
+        outputs, records = sweep(hidden_states, blocks, device_blocks.share.blocks[-1], cancelled)
     return list(zip(batches, outputs, records, strict=True))
 
 
@@ -107,24 +106,17 @@ def split_batches(batches: Sequence[PackedBatch], max_tokens: int) -> list[Seque
 
 
 def _make_hidden_states(
-    device_blocks: DeviceBlocks, plan: PlacementPlan, batches: Sequence[PackedBatch], hidden_size: int, files: ExitStack
+    device_blocks: DeviceBlocks, plan: PlacementPlan, batches: Sequence[PackedBatch], hidden_size: int
 ) -> HiddenStates:
     """Allocate hidden states on the device if they fit, else in host memory, else in temporary files."""
     dtype = plan.precision.residual_dtype
     nbytes = sum(batch.tokens for batch in batches) * hidden_size * dtype.itemsize
     fits_device = nbytes <= device_blocks.share.spare_bytes
     fits_host = nbytes <= plan.spare_host_bytes // len(plan.shares)
-    directory = None if fits_device or fits_host else Path(files.enter_context(TemporaryDirectory(prefix="worldpm-")))
-    buffer_device = device_blocks.device if fits_device else torch.device("cpu")
-    return HiddenStates(
-        batches,
-        hidden_size,
-        dtype,
-        device=device_blocks.device,
-        directory=directory,
-        in_place=True,
-        buffer_device=buffer_device,
-    )
+    make = partial(HiddenStates, batches, hidden_size, dtype, device=device_blocks.device, in_place=True)
+    if fits_device or fits_host:
+        return make(buffer_device=device_blocks.device if fits_device else torch.device("cpu"))
+    return make(directory=Path(gettempdir()), unnamed=True)
 
 
 @torch.inference_mode()

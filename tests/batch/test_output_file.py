@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from runtime.batch.formats import CSV_HEADER, encode_csv, encode_jsonl
-from runtime.batch.output_file import OutputFile, is_finished
+from runtime.batch.output_file import OutputFile, is_finished, remove_converted_rows
 from runtime.batch.output_state import OutputState, progress_path
 from runtime.common.errors import JobError, KitError
 from runtime.common.files import open_locked
@@ -204,6 +205,41 @@ def test_a_run_that_writes_nothing_leaves_nothing(path, error):
     with pytest.raises(type(error)), begin(path):
         raise error
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_run_killed_as_it_removes_its_first_rows_can_start_again(path, whole):
+    """Rows without their record would be taken for the file of another program."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(KeyboardInterrupt),
+        begin(path) as file,
+    ):
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        file._append(b"rows of the first window")
+        raise KitError("stopped")
+    fill(path)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(("content", "kept"), [(encode_jsonl(RECORDS), False), (b'{"theirs": 1}\n', True)])
+def test_rows_beside_the_parquet_file_made_of_them_are_removed_if_they_are_ours(tmp_path, content, kept):
+    path = tmp_path / "out.parquet"
+    fill(path)
+    grown(path).write_bytes(content)
+    remove_converted_rows(path)
+    assert grown(path).exists() == kept and path.exists()
+
+
+@pytest.mark.parametrize("call", ["fsync", "ftruncate"])
+def test_a_disk_that_fails_is_told_with_the_file(path, monkeypatch, call):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as caught:
+        patch.setattr(os, call, fail)
+        with begin(path) as file:
+            file.write(WINDOWS[0], "digest")
+    assert str(path.parent / path.name.split(".")[0]) in caught.value.filename
 
 
 class Disk:

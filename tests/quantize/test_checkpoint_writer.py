@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from transformers import AutoConfig
 from quantize.sweep.checkpoint_writer import CheckpointWriter
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from runtime.checkpoints.quantization_config import QuantizationConfig
-from runtime.common.errors import JobError
 from runtime.common.files import sha256_of
 
 
@@ -55,9 +55,10 @@ def test_a_shard_that_cannot_be_written_is_named_and_leaves_nothing(writer, monk
     def full(*_: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("quantize.sweep.checkpoint_writer.save_file", full)
-    with pytest.raises(JobError, match=r"model-00001-of-00004\.safetensors cannot be written: .*No space left"):
+    monkeypatch.setattr("runtime.common.safetensors_writer.save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/model-00001-of-00004\.safetensors'") as caught:
         writer.write_embedding()
+    assert caught.value.errno == errno.ENOSPC
     assert list(writer.output.iterdir()) == []
 
 

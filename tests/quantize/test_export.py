@@ -117,6 +117,23 @@ def test_a_run_that_is_stopped_leaves_nothing_and_one_that_was_killed_is_no_hind
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_run_killed_after_its_end_leaves_a_whole_checkpoint_and_a_lock_that_the_next_one_removes(
+    packed, tmp_path, capfd
+):
+    output, lock = tmp_path / "out", tmp_path / ".out.lock"
+    assert export(packed("4-bits"), output) == 0
+    lock.touch()
+    assert export(packed("4-bits"), output) == 2
+    assert f"{output} exists; remove it" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_run_that_is_stopped_after_its_end_says_so(packed, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("quantize.export.sync_directory", interrupt)
+    assert export(packed("4-bits"), tmp_path / "out") == 130
+    assert f"stopped; {tmp_path / 'out'} is finished." in capfd.readouterr().err
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

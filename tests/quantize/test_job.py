@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -215,8 +216,14 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, content, message):
     ("error", "fault"),
     [
         (NonFiniteError("block 3 overflowed."), "block 3 overflowed"),
-        (OSError(errno.ENOSPC, "No space left on device"), r"\[Errno 28\] No space left on device: '.*out'"),
-        (OSError(errno.EIO, "Input/output error", "a.bin"), r"\[Errno 5\] Input/output error: 'a.bin'"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            r"/out: no space left on device; free some space on /.*, or use another disk",
+        ),
+        (
+            OSError(errno.EIO, "Input/output error", "/a/b.bin"),
+            r"/a/b.bin: input/output error; check the disk on /, or use another one",
+        ),
     ],
 )
 def test_what_a_user_can_mend_says_how_to_go_on(tmp_path, error, fault):
@@ -225,6 +232,17 @@ def test_what_a_user_can_mend_says_how_to_go_on(tmp_path, error, fault):
         Job.open(tmp_path / "out", RECIPE, resume=False),
     ):
         raise error
+
+
+def test_a_buffer_that_cannot_be_removed_at_the_end_is_an_error(tmp_path, monkeypatch):
+    """It may take hundreds of gigabytes, so it must not stay behind unsaid."""
+    job = Job.open(tmp_path / "out", RECIPE, resume=False)
+    (job.states_directory / "reference.0.bin").write_bytes(b"states")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(JobError, match="input/output error.*--resume"), job:
+        patch.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+        job.finish()
+    Job.open(tmp_path / "out", RECIPE, resume=True)
+    assert not job.states_directory.exists()
 
 
 def test_our_own_bugs_stay_what_they_are(tmp_path):

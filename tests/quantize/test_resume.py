@@ -90,7 +90,7 @@ MOMENTS = {
     "as the embedding is written": (CheckpointWriter, "write_embedding", 1),
     "between two linears": (QUANTIZER, "solve", 3 * 7 + 5),
     "in a factorisation": (QUANTIZER, "factorise", 2),
-    "as a shard is written": (WRITER, "save_file", 4),
+    "as a shard is written": (WRITER, "write_safetensors", 4),
     "as the streams are synced": (SweepStates, "sync", 2),
     "before a block counts": (Job, "finish_block", 3),
     "as a block is recorded": (Job, "_save", 2 * LAYERS + 5),
