@@ -16,8 +16,8 @@ end. Every file must be there, byte for byte as from an undisturbed run, and no 
 written under its final name, and unless it was killed no temporary file may be left. An error must be one line that
 names the file and, for a full disk, the remedy; short and interrupted calls must not be errors.
 
-    python benchmarks/kill_test.py                         every call of every command, every fault: hours
-    python benchmarks/kill_test.py --kills 60 --others 15
+    python benchmarks/kill_test.py                            every call of every command, every fault: hours
+    python benchmarks/kill_test.py --minutes 30 --kills 60 --others 15                   a random part of them
     python benchmarks/kill_test.py --writer export --writer demo --fault kill --fault full
     python benchmarks/kill_test.py --at export:kill:17     one run, with what it printed
 
@@ -123,6 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, metavar="N", help="draw N calls for each command and kind of kill")
     parser.add_argument("--others", type=int, metavar="N", help="draw N calls for each command and other fault")
     parser.add_argument("--moments", type=int, default=12, help="random times for each command (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="time, in equal shares for the commands")
     parser.add_argument("--writer", action="append", help="only this command; may be repeated")
     parser.add_argument("--fault", action="append", choices=list(FAULTS), help="only this fault; may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws (default %(default)s)")
@@ -149,7 +150,8 @@ class Test:
         if self.arguments.at:
             return self._run_one(*self.arguments.at.split(":"))
         chosen = self.arguments.writer or list(self.writers)
-        results = {name: self._test_writer(name) for name in chosen}
+        share = 60 * self.arguments.minutes / len(chosen)
+        results = {name: self._test_writer(name, time.perf_counter() + share) for name in chosen}
         total: Counter[str] = Counter()
         for result in results.values():
             for counted in result["faults"].values():
@@ -170,24 +172,27 @@ class Test:
         print(json.dumps(counted))
         return 0
 
-    def _test_writer(self, name: str) -> dict[str, Any]:
+    def _test_writer(self, name: str, deadline: float) -> dict[str, Any]:
         calls = self._undisturbed(self.writers[name])
         say(f"{name}: {len(calls)} calls in {self.seconds:.1f} s, {len(self.expected)} files")
-        result: dict[str, Any] = {"calls": len(calls), "seconds": round(self.seconds, 2), "faults": {}}
-        for fault in self.arguments.fault or FAULTS:
-            kinds = FAULTS[fault].calls
-            points = [n for n, call in enumerate(calls, 1) if not kinds or call.split()[0] in kinds]
-            if fault == "moment":
-                points = [0] * self.arguments.moments
-            limit = self.arguments.kills if fault in ("kill", "torn") else self.arguments.others
-            if limit and len(points) > limit:
-                points = sorted(self.draw.sample(points, limit))
-            counted: Counter[str] = Counter()
-            for point in points:
-                counted.update(self._disturb(name, fault, point))
-            result["faults"][fault] = dict(counted)
-            say(f"{name}: {fault}: {dict(counted)}")
-        return result
+        faults: dict[str, Counter[str]] = {fault: Counter() for fault in self.arguments.fault or FAULTS}
+        points = [(fault, point) for fault in faults for point in self._points(fault, calls)]
+        self.draw.shuffle(points)  # so that what is done before the time is up is drawn at random, too
+        for fault, point in points:
+            if time.perf_counter() < deadline:
+                faults[fault].update(self._disturb(name, fault, point))
+        say(f"{name}: {faults}")
+        counts = {fault: {key: count for key, count in each.items() if count} for fault, each in faults.items()}
+        return {"calls": len(calls), "seconds": round(self.seconds, 2), "faults": counts}
+
+    def _points(self, fault: str, calls: list[str]) -> list[int]:
+        """The calls at which a fault happens, drawn if there are more than wanted."""
+        if fault == "moment":
+            return [0] * self.arguments.moments
+        kinds = FAULTS[fault].calls
+        points = [n for n, call in enumerate(calls, 1) if not kinds or call.split()[0] in kinds]
+        limit = self.arguments.kills if fault in ("kill", "torn") else self.arguments.others
+        return self.draw.sample(points, min(limit or len(points), len(points)))
 
     def _undisturbed(self, writer: Writer) -> list[str]:
         """Run the command twice, which must give the same; import here what it imported; return its calls."""

