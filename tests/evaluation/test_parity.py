@@ -320,7 +320,7 @@ def test_a_stopped_run_says_so(place):
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 130
-    assert process.stderr.read() == "stopped; no report was written; the same command starts again.\n"
+    assert process.stderr.read() == "stopped; the same command starts again.\n"
 
 
 def test_help_names_inputs_exit_status_and_valid_examples(capsys):

@@ -104,7 +104,8 @@ def test_a_full_disk_stops_with_its_name_and_resumes_when_there_is_room(
     monkeypatch.setattr("quantize.run.check_disk", lambda *_: None)  # somebody else filled it meanwhile
     assert quantize(place / "model", place / "pairs.jsonl", disk / "out", *SMALL) == 2
     said = capfd.readouterr().err
-    assert "No space left on device" in said.splitlines()[-1] and str(disk / "out") in said.splitlines()[-1]
+    assert said.splitlines()[-1].startswith(f"error: {disk / 'out'}")
+    assert f": no space left on device; free some space on {disk}, or use another disk. " in said.splitlines()[-1]
     assert said.rstrip().endswith(GO_ON) and "Traceback" not in said
     assert least <= finished_blocks(disk / "out") <= most
     assert not list(disk.rglob("*.partial"))
