@@ -17,8 +17,23 @@ _REMEDIES = {
 }
 
 
+LONGEST_MESSAGE = 1000
+"""Characters of a message."""
+
+
 class KitError(Exception):
-    """Base class of the errors that the user can fix."""
+    """Base class of the errors that the user can fix.
+
+    A message quotes names and values of files that are not trusted. So what cannot be printed becomes an escape, and
+    the middle of a message above `LONGEST_MESSAGE` is left out: its ends name the file and the remedy.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        if not message.isprintable():
+            message = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[: LONGEST_MESSAGE - 300]} [...] {message[-250:]}"
+        super().__init__(message)
 
 
 class CheckpointError(KitError):

@@ -68,11 +68,17 @@ def read_jsonl_file(file: BinaryIO, name: str, *, keep_errors: bool = False) -> 
 
 
 def count_rows(path: Path) -> int | None:
-    """Approximate number of rows: from the Parquet footer or the line ends of JSONL; None for other formats."""
+    """Approximate number of rows: from the Parquet footer or the line ends of JSONL; None for other formats.
+
+    None for a damaged file too: reading its rows raises the error.
+    """
     if path.name.endswith(".parquet"):
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_metadata(path).num_rows
+        try:
+            return pyarrow.parquet.read_metadata(path).num_rows
+        except (pyarrow.ArrowException, OSError):
+            return None
     if not path.name.endswith(".jsonl"):
         return None
     with open(path, "rb") as file:

@@ -55,7 +55,7 @@ class ReferenceScores:
             stored = cls(**content)
             stored.scores = {key: float(score) for key, score in stored.scores.items()}
             return stored
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} cannot be read: {error}; quantize again, or remove the file and pass --reference."
             ) from error

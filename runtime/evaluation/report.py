@@ -197,7 +197,7 @@ def read_report(path: str | Path) -> ParityReport:
     try:
         content = json.loads(path.read_bytes())
         version = content["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise KitError(f"{path} is not a parity report ({error!r}); pass a parity.json of this kit.") from error
     if version != SCHEMA_VERSION:
         raise KitError(f"{path}: schema_version is {version!r}, this kit reads {SCHEMA_VERSION}; measure parity again.")
