@@ -18,7 +18,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.fuzz.engines import Progress, Recorder, replay, run_atheris, run_hypothesis
+from benchmarks.fuzz.engines import LastInput, Progress, Recorder, replay, run_atheris, run_hypothesis
 from benchmarks.fuzz.target import Target
 
 FAMILIES = {
@@ -84,7 +84,7 @@ def _run_apart(name: str, options: argparse.Namespace) -> Progress:
     """Run a target in a process. Where an input ends it, the last input is a find."""
     work = options.work / name
     work.mkdir(parents=True, exist_ok=True)
-    for file in ("last-input", "progress.json"):
+    for file in (LastInput.NAME, "progress.json"):
         (work / file).unlink(missing_ok=True)
     seconds = 60 * options.minutes / len(options.targets)
     more = ["--coverage"] if options.coverage else ["--replay", options.replay] if options.replay else []
@@ -115,8 +115,8 @@ def _keep(name: str, work: Path, where: Path) -> str:
     """Store the last input of a process as a find."""
     find = where / "finds" / f"{name}-process"
     find.parent.mkdir(parents=True, exist_ok=True)
-    if (work / "last-input").exists():
-        shutil.copy(work / "last-input", find)
+    if (work / LastInput.NAME).exists():
+        find.write_bytes(LastInput.read(work / LastInput.NAME))
     return str(find)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
+import shutil
 import sys
 import time
 import traceback
@@ -32,6 +34,28 @@ class Progress:
     finds: dict[str, str] = field(default_factory=dict)
 
 
+class LastInput:
+    """The input that is being checked, in a file mapped to memory: it is there when the process has ended."""
+
+    NAME, SIZE = "last-input", 4 << 20
+
+    def __init__(self, path: Path) -> None:
+        path.write_bytes(bytes(self.SIZE))
+        with open(path, "r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), self.SIZE)
+
+    def keep(self, data: bytes) -> None:
+        """Keep an input, cut to what there is room for."""
+        data = data[: self.SIZE - 8]
+        self._memory[: 8 + len(data)] = len(data).to_bytes(8, "little") + data
+
+    @staticmethod
+    def read(path: Path) -> bytes:
+        """The input that was kept."""
+        content = path.read_bytes()
+        return content[8 : 8 + int.from_bytes(content[:8], "little")]
+
+
 class Recorder:
     """Gives inputs to a target and stores the smallest one of each find."""
 
@@ -39,24 +63,23 @@ class Recorder:
         self.progress = Progress()
         self._target, self._finds = target, finds
         self._scratch = (work / "scratch").resolve()
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        self.last_input, self._file = work / "last-input", work / "progress.json"
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(parents=True)
+        self._file = work / "progress.json"
+        self._last_input = LastInput(work / LastInput.NAME)
         self._guard = Guard(target, self._scratch)
         self._saved = 0.0
 
     def __call__(self, data: bytes) -> None:
         """Check one input."""
         self.progress.inputs += 1
-        self.last_input.write_bytes(data)
+        self._last_input.keep(data)
         try:
             self._guard.run(data)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # panics of libraries are no Exceptions
             self._store(data, error)
-        for path in self._scratch.iterdir():
-            if not path.is_symlink():
-                path.unlink()
         if time.monotonic() - self._saved > 1:
             self.save()
 

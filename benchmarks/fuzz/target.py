@@ -7,7 +7,6 @@ import resource
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import Any
 from benchmarks.fuzz.mutation import Mutation
 
 SECONDS, MEMORY_BYTES, MESSAGE_LENGTH = 2.0, 512 << 20, 1000
-HANGS_AFTER = 60  # seconds of wall time, after which the process is ended
-_PAGE = resource.getpagesize()
+ENDS_AFTER = 20  # seconds of processor time, after which the process is ended
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,8 @@ class Target:
         modules: those whose coverage guides the search and is reported.
         seeds: makes valid documents.
         mutate: makes another input of an input.
-        check: reads an input in an empty directory; raises anything but a `KitError` where a result is wrong.
+        check: reads an input in a directory, where it writes the same files each time; raises anything but a
+            `KitError` where a result is wrong.
         seconds: processor time that an input may take.
     """
 
@@ -52,16 +51,16 @@ class Guard:
         self._allowed = (str(scratch.parent), "/dev/", tempfile.gettempdir())
         self._written: list[str] = []
         self._watching = False
+        self._peak = _seconds_and_peak()[1]
         sys.addaudithook(self._audit)
 
     def run(self, data: bytes) -> None:
         """Raise what broke an invariant; return if none was broken."""
         from runtime.common.errors import KitError
 
-        before, peak = _resident_bytes(), _peak_bytes()
         self._written.clear()
-        start = time.process_time()
-        signal.setitimer(signal.ITIMER_REAL, HANGS_AFTER)
+        start, _ = _seconds_and_peak()
+        signal.setitimer(signal.ITIMER_PROF, ENDS_AFTER)
         self._watching = True
         try:
             self._target.check(data, self._scratch)
@@ -69,12 +68,13 @@ class Guard:
             check_message(str(error))
         finally:
             self._watching = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        seconds = time.process_time() - start
-        if seconds > self._target.seconds:
-            raise Violation(f"it took {seconds:.1f} s of processor time")
-        if (now := _peak_bytes()) > peak and now - before > MEMORY_BYTES:
-            raise Violation(f"it took {(now - before) >> 20} MiB of memory")
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        end, peak = _seconds_and_peak()
+        if end - start > self._target.seconds:
+            raise Violation(f"it took {end - start:.1f} s of processor time")
+        if peak - self._peak > MEMORY_BYTES:
+            grown, self._peak = (peak - self._peak) >> 20, peak
+            raise Violation(f"it took {grown} MiB of memory")
         if self._written:
             raise Violation(f"it wrote {self._written[0]}")
 
@@ -99,10 +99,7 @@ def check_message(message: str) -> None:
         raise Violation(f"the message is not printable: {message[:200]!a}")
 
 
-def _resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * _PAGE
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+def _seconds_and_peak() -> tuple[float, int]:
+    """Processor time of this process, and the most bytes of memory that it has had."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10
