@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-fast lint check
+.PHONY: install demo test test-fast fuzz lint check
 
 install: $(VENV)/.installed
 
@@ -20,6 +20,11 @@ test: install
 # No slow and no gpu tests, one process per core, one thread each.
 test-fast: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' -n auto
+
+# All readers of untrusted files and requests, for MINUTES minutes; status 1 if there are finds, in output/fuzz/finds.
+MINUTES := 10
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz --minutes $(MINUTES)
 
 lint: install
 	$(BIN)/ruff check .

@@ -105,11 +105,12 @@ class Recorder:
         self.save()
 
 
-def run_atheris(target: Target, record: Recorder, corpus: Path, seconds: float, seed: int) -> None:
+def run_atheris(target: Target, record: Recorder, work: Path, seconds: float, seed: int) -> None:
     """Mutate by the target's own mutation, guided by the coverage of its modules. Ends the process."""
     import atheris
 
-    corpus.mkdir(parents=True, exist_ok=True)
+    corpus = work / "corpus"
+    corpus.mkdir(exist_ok=True)
     for data in target.seeds():
         (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
 
@@ -119,7 +120,8 @@ def run_atheris(target: Target, record: Recorder, corpus: Path, seconds: float, 
     options = [
         f"-max_total_time={seconds:.0f}",
         f"-seed={seed + 1}",
-        "-timeout=0",
+        f"-artifact_prefix={work}/",
+        "-timeout=1000000",
         "-max_len=1000000",
         "-rss_limit_mb=0",
     ]

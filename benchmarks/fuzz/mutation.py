@@ -77,7 +77,7 @@ def dump(document: Any, random: Random) -> bytes:
         key = random.choice(keys)
         text = text[: key.start()] + key[0] + random.choice(("null, ", '"", ', "1, ")) + text[key.start() :]
     elif kind == 1:
-        depth = random.choice((50, 5000))
+        depth = random.choice((50, 900, 960, 980, 5000))
         text = text.replace("null", "[" * depth + "]" * depth, 1)
     return text.encode(errors="surrogatepass")
 
@@ -91,7 +91,7 @@ def mutate_tree(document: Any, random: Random) -> Any:
 
 
 def _change(holder: list[Any], random: Random) -> None:
-    places = [*_places(holder, [])]
+    places = _places(holder)
     parent, key = random.choice(places)
     other_parent, other_key = random.choice(places)
     kind = random.randrange(10)
@@ -110,13 +110,15 @@ def _change(holder: list[Any], random: Random) -> None:
         parent[key] = random.choice(([parent[key]], {"content": parent[key]}, [parent[key]] * 3))
 
 
-def _places(container: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """Parent and key of every value."""
-    keys = container.keys() if isinstance(container, dict) else range(len(container))
-    for key in keys:
-        found.append((container, key))
-        if isinstance(container[key], (dict, list)):
-            _places(container[key], found)
+def _places(root: list[Any]) -> list[tuple[Any, Any]]:
+    """Parent and key of every value, at any depth."""
+    found, containers = [], [root]
+    while containers:
+        container = containers.pop()
+        for key in [*container] if isinstance(container, dict) else range(len(container)):
+            found.append((container, key))
+            if isinstance(container[key], (dict, list)):
+                containers.append(container[key])
     return found
 
 
@@ -137,7 +139,10 @@ def _nearby(value: Any, random: Random) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    return json.loads(json.dumps(value)) if isinstance(value, (dict, list)) else value
+    try:
+        return json.loads(json.dumps(value)) if isinstance(value, (dict, list)) else value
+    except (ValueError, RecursionError):
+        return None
 
 
 def mutate_lines(data: bytes, random: Random) -> bytes:

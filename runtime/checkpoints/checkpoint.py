@@ -21,7 +21,7 @@ from runtime.checkpoints.quantization_parsing import read_quantization_config
 from runtime.checkpoints.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors_file, read_tensor
 from runtime.checkpoints.source import checkpoint_name, find_directory
 from runtime.checkpoints.tensor_spec import check_layout, is_ignored, read_nf4_quant_state
-from runtime.common.errors import CheckpointError, printable
+from runtime.common.errors import CheckpointError, brief, printable
 from runtime.common.files import sha256_of
 from runtime.common.json_object import read_json_object
 from runtime.conversations.rendering import Renderer
@@ -155,7 +155,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig, QuantizationC
     if quantization_entry is None:
         return config, model_config, None
     if not isinstance(quantization_entry, dict):
-        raise CheckpointError(f"{path}: quantization_config is {quantization_entry!r:.80}; an object was expected.")
+        raise CheckpointError(f"{path}: quantization_config is {brief(quantization_entry)}; an object was expected.")
     return config, model_config, read_quantization_config(quantization_entry, str(path))
 
 
@@ -189,7 +189,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
         if not plain or len(os.fsencode(printable(file))) > LONGEST_FILE_NAME:
             raise CheckpointError(
-                f"{path} puts {name} in {file!r:.100}; a .safetensors file beside the index was expected."
+                f"{path} puts {name} in {brief(file)}; a .safetensors file beside the index was expected."
             )
     return weight_map
 

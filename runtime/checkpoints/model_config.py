@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from runtime.common.errors import CheckpointError
+from runtime.common.errors import CheckpointError, brief
 
 BLOCK_LINEARS = (
     "self_attn.q_proj",
@@ -22,6 +22,8 @@ BLOCK_LINEARS = (
 BIASED_LINEARS = frozenset(BLOCK_LINEARS[:3])
 BLOCK_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 HEAD_TENSORS = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")
+
+LARGEST_SIZE, MOST_BLOCKS = 1 << 28, 4096  # far above any model; else a plan might count for hours
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -136,26 +138,28 @@ def block_prefix(index: int) -> str:
 
 
 def _positive(config: dict[str, Any], key: str, where: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(f"{where}: {key} is {value!r}; a positive whole number was expected.")
+    value, most = config.get(key), MOST_BLOCKS if key == "num_hidden_layers" else LARGEST_SIZE
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise CheckpointError(
+            f"{where}: {key} is {brief(value)}; a positive whole number was expected, at most {most:,}."
+        )
     return value
 
 
 def _number(value: object, key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise CheckpointError(f"{where}: {key} is {value!r}; a positive number was expected.")
+        raise CheckpointError(f"{where}: {key} is {brief(value)}; a positive number was expected.")
     return float(value)
 
 
 def _check_supported(config: dict[str, Any], where: str) -> None:
     if config.get("model_type") != "qwen2":
         raise CheckpointError(
-            f"{where}: model_type is {config.get('model_type')!r}; only Qwen2 reward models "
+            f"{where}: model_type is {brief(config.get('model_type'))}; only Qwen2 reward models "
             "(architectures: Qwen2ForRewardModel) such as Qwen/WorldPM-72B are supported."
         )
     if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{where}: hidden_act is {config['hidden_act']!r}; Qwen2 uses 'silu'.")
+        raise CheckpointError(f"{where}: hidden_act is {brief(config['hidden_act'])}; Qwen2 uses 'silu'.")
     if config.get("use_sliding_window"):
         raise CheckpointError(f"{where}: use_sliding_window is true; every WorldPM checkpoint has full attention.")
 
@@ -163,15 +167,15 @@ def _check_supported(config: dict[str, Any], where: str) -> None:
 def _rope_theta(config: dict[str, Any], where: str) -> float:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise CheckpointError(f"{where}: rope_parameters is {rope!r}; an object was expected.")
+        raise CheckpointError(f"{where}: rope_parameters is {brief(rope)}; an object was expected.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise CheckpointError(f"{where}: rope type is {kind!r}; only plain rotary embeddings are supported.")
+        raise CheckpointError(f"{where}: rope type is {brief(kind)}; only plain rotary embeddings are supported.")
     return _number(rope.get("rope_theta", config.get("rope_theta")), "rope_theta", where)
 
 
 def _dtype(config: dict[str, Any], where: str) -> torch.dtype:
     name = config.get("dtype") or config.get("torch_dtype")
     if name not in DTYPES:
-        raise CheckpointError(f"{where}: dtype is {name!r}; one of {', '.join(DTYPES)} was expected.")
+        raise CheckpointError(f"{where}: dtype is {brief(name)}; one of {', '.join(DTYPES)} was expected.")
     return DTYPES[name]

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from runtime.checkpoints.quantization_config import OVERRIDABLE_OPTIONS, Override, QuantizationConfig
-from runtime.common.errors import CheckpointError
+from runtime.common.errors import CheckpointError, brief
 
 # GPTQ options that change the meaning of the stored tensors, with the only supported value.
 _REQUIRED_GPTQ_OPTIONS = {"pack_dtype": "int32", "is_marlin_format": False, "rotation": None, "adapter": None}
@@ -142,5 +142,5 @@ def _flag(config: dict[str, Any], key: str, default: bool, where: str) -> bool:
 
 def _unsupported(where: str, key: str, value: Any, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"{where}: quantization_config has {key} {value!r}, which is not supported; {expected} was expected."
+        f"{where}: quantization_config has {key} {brief(value)}, which is not supported; {expected} was expected."
     )

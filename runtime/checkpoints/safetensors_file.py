@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from runtime.common.errors import CheckpointError
+from runtime.common.errors import CheckpointError, brief
 
 MAX_HEADER_BYTES = 100_000_000
 _DAMAGED = "the file is damaged; download or write it again"
@@ -132,13 +132,13 @@ def _tensor_info(name: str, entry: Any, start: int, file: Path) -> TensorInfo:
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {name} is described by {entry!r:.200}; {_DAMAGED}.") from error
+        raise CheckpointError(f"{file}: {name} is described by {brief(entry)}; {_DAMAGED}.") from error
     if len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(f"{file}: {name} has {len(shape)} dimensions; {_DAMAGED}.")
     if any(type(number) is not int or not 0 <= number < 1 << 64 for number in (*shape, begin, end)):
         raise CheckpointError(f"{file}: {name} has shape {list(shape)} at bytes {begin!r} to {end!r}; {_DAMAGED}.")
     if not isinstance(kind, str) or kind not in _DTYPES:
-        raise CheckpointError(f"{file}: {name} has dtype {kind!r}; one of {', '.join(_DTYPES)} was expected.")
+        raise CheckpointError(f"{file}: {name} has dtype {brief(kind)}; one of {', '.join(_DTYPES)} was expected.")
     dtype = _DTYPES[kind]
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != end - begin:

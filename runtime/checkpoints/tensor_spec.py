@@ -27,7 +27,7 @@ from runtime.checkpoints.quantization_config import (
     QuantizationConfig,
 )
 from runtime.checkpoints.safetensors_file import TensorInfo
-from runtime.common.errors import CheckpointError
+from runtime.common.errors import CheckpointError, brief
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.")
@@ -173,7 +173,7 @@ def read_nf4_quant_state(tensors: Mapping[str, Tensor], shape: tuple[int, int]) 
         found["nested_blocksize"] = state.get("nested_blocksize")
         offset = state.get("nested_offset")
         if not isinstance(offset, float) or not math.isfinite(offset):
-            raise CheckpointError(f"{NF4_QUANT_STATE} has nested_offset {offset!r}; a finite number was expected.")
+            raise CheckpointError(f"{NF4_QUANT_STATE} has nested_offset {brief(offset)}; a finite number was expected.")
     if found != expected:
         raise CheckpointError(f"{NF4_QUANT_STATE} is {found}; {expected} was expected.")
     return dict(state)

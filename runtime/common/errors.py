@@ -6,9 +6,13 @@ exit with status 2.
 
 import errno
 import os
+import reprlib
 
 USER_FIXABLE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 """OSError numbers that the user can fix."""
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, 100, 100, 60
 
 _REMEDIES = {
     errno.ENOSPC: "free some space{disk}, or use another disk",
@@ -64,6 +68,11 @@ class NonFiniteError(KitError):
     """
 
     block: int | None = None
+
+
+def brief(value: object) -> str:
+    """The `repr` of a value for a message, bounded in length and depth, for any content of a file."""
+    return _BRIEF.repr(value)
 
 
 def in_conversation(error: KitError, number: int) -> KitError:

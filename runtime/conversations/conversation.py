@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import reprlib
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.common.errors import ConversationError
+from runtime.common.errors import ConversationError, brief
 
 ChatMessage = dict[str, str]
 """`{"role": one of ROLES, "content": text}`."""
@@ -154,9 +153,4 @@ def describe_value(value: Any) -> str:
         int: "a number",
         float: "a number",
     }
-    return f"{kinds.get(type(value), type(value).__name__)} {_brief.repr(value)}"
-
-
-_brief = reprlib.Repr()  # bounded in length and depth, for any content of a row
-_brief.maxlevel = 3
-_brief.maxstring = _brief.maxother = 60
+    return f"{kinds.get(type(value), type(value).__name__)} {brief(value)}"

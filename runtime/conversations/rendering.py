@@ -178,8 +178,16 @@ class Renderer:
                 token_ids.append(self._special_ids[piece])
             elif piece:
                 text = piece.replace(escape_character, "")
-                token_ids.extend(self._tokenizer.encode(text, add_special_tokens=False).ids)
+                token_ids.extend(self._encode_text(text))
         return token_ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and panics are no Exceptions
+            raise ConversationError(f"the tokenizer fails on this conversation: {error!s:.300}") from error
 
     def _check_template(self, where: str) -> None:
         probe = [
@@ -189,6 +197,7 @@ class Renderer:
         ]
         try:
             text = self._template.render(probe)
+            self._encode(probe)  # a tokenizer that cannot encode plain text has no use
         except ConversationError as error:
             raise CheckpointError(f"{where}: {error}") from error
         if not text.rstrip().endswith(SCORED_TOKEN):

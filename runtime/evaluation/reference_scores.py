@@ -6,6 +6,7 @@ With them a comparison does not need the 16-bit model.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,8 +55,12 @@ class ReferenceScores:
                 raise ValueError(f"schema {SCHEMA_VERSION} was expected")
             stored = cls(**content)
             stored.scores = {key: float(score) for key, score in stored.scores.items()}
+            if not all(isinstance(name, str) for name in (stored.model, stored.fingerprint, stored.dtype)):
+                raise ValueError("model, fingerprint and dtype must be text")
+            if not all(map(math.isfinite, stored.scores.values())):
+                raise ValueError("a score is not finite")
             return stored
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} cannot be read: {error}; quantize again, or remove the file and pass --reference."
             ) from error

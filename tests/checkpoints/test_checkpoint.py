@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from runtime.checkpoints.checkpoint import open_checkpoint, read_config
+from runtime.common.errors import CheckpointError
 from tests.helpers.damage import change_json, change_tensors, refusal
 from tests.helpers.tiny import tiny_tensors, write_tiny_checkpoint
 
@@ -199,3 +200,13 @@ def test_a_file_name_that_no_disk_takes_is_named(damaged):
     (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
     message = refusal(damaged)
     assert "a .safetensors file beside the index was expected" in message and len(message) < 500
+
+
+def test_a_deeply_nested_value_is_an_error_of_its_key(tmp_path, tiny_checkpoint):
+    """Near the limit of the parser, where repr would exceed Python's recursion limit."""
+    text = (tiny_checkpoint / "config.json").read_text()
+    path = tmp_path / "config.json"
+    for depth in range(700, 1000, 3):
+        path.write_text(text.replace('"vocab_size": 320', f'"vocab_size": {"[" * depth + "]" * depth}'))
+        with pytest.raises(CheckpointError, match="vocab_size is|not JSON"):
+            read_config(path)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from runtime.common.errors import CheckpointError, ConversationError
@@ -160,3 +161,19 @@ def test_template_cannot_reach_python():
 def test_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
         Renderer.from_directory(tmp_path, 200)
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_refused_or_costs_the_conversation():
+    """WordLevel without its [UNK] token raises a bare Exception."""
+    for words, refused in (({"a": 0}, True), ({"system": 0, "user": 1, "assistant": 2, "a": 3, "b": 4}, False)):
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_special_tokens([*SPECIAL_TOKENS])
+        if refused:
+            with pytest.raises(CheckpointError, match="the tokenizer fails"):
+                Renderer(tokenizer, ChatTemplate(CHAT_TEMPLATE), 200)
+            continue
+        renderer = Renderer(tokenizer, ChatTemplate(CHAT_TEMPLATE), 200)
+        assert renderer.render(conversation("a", "b")).token_ids
+        with pytest.raises(ConversationError, match="the tokenizer fails on this conversation"):
+            renderer.render(conversation("a", "unknown"))

@@ -308,3 +308,8 @@ def test_parquet_values_that_python_cannot_hold_are_left_out(tmp_path):
     rows = [row for _, row in read_rows(tmp_path / "rows.parquet")]
     assert [(row["prompt"], row["chosen"]) for row in rows] == [("a", "c"), ("b", "d")]
     assert rows[0]["when"] is None and rows[0]["zone"] is None and rows[0]["cost"] == 1
+
+
+def test_a_damaged_parquet_file_has_no_count(tmp_path):
+    assert count_rows(write(tmp_path / "rows.parquet", b"PAR1")) is None
+    assert count_rows(write(tmp_path / "rows.parquet", b"PAR1" + b"\xff" * 40 + b"\x20\0\0\0PAR1")) is None

@@ -115,9 +115,12 @@ def test_only_the_schema_version_of_this_kit_is_read(tmp_path):
         path.write_text(json.dumps(damaged))
         with pytest.raises(KitError, match=fault):
             read_report(path)
-    path.write_text("{")
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(KitError, match="not a parity report"):
+            read_report(path)
     with pytest.raises(KitError, match="not a parity report"):
-        read_report(path)
+        read_report(tmp_path / "none.json")
 
 
 def test_a_report_is_frozen():
