@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from runtime.evaluation.metrics import Estimate, margins, proportion, round_significant, standard_deviation
 from runtime.evaluation.scored_pair import ScoredPairWithTexts, pair_score_array
@@ -48,6 +48,13 @@ class GroupMetrics(BaseModel):
     mean_shift: float | None
     reference_accuracy: float
     quantized_accuracy: float
+
+    @field_validator("agreement")
+    @classmethod
+    def _has_an_interval(cls, agreement: Estimate) -> Estimate:
+        if None in (agreement.value, agreement.low, agreement.high):
+            raise ValueError("a value with its interval was expected")
+        return agreement
 
 
 def by_margin(pairs: Sequence[ScoredPairWithTexts]) -> list[GroupMetrics]:

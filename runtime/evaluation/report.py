@@ -187,6 +187,13 @@ def check_thresholds(figures: ParityMetrics, thresholds: Thresholds) -> list[Thr
     return results
 
 
+def _finite(text: str) -> float:
+    """The number, which a report writes as null if it is not finite."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text:.20} is no finite number")
+    return value
+
+
 def read_report(path: str | Path) -> ParityReport:
     """Read a parity.json.
 
@@ -195,7 +202,7 @@ def read_report(path: str | Path) -> ParityReport:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
         version = content["schema_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise KitError(f"{path} is not a parity report ({error!r}); pass a parity.json of this kit.") from error

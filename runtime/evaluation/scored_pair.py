@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from runtime.common.errors import NonFiniteError
 from runtime.evaluation.metrics import Array
@@ -65,6 +65,13 @@ class ScoredPairWithTexts(ScoredPair):
     prompt: list[dict[str, str]]
     chosen: list[dict[str, str]]
     rejected: list[dict[str, str]]
+
+    @field_validator("prompt", "chosen", "rejected")
+    @classmethod
+    def _are_messages(cls, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+        if not all({"role", "content"} <= turn.keys() for turn in turns):
+            raise ValueError("messages with role and content were expected")
+        return turns
 
     def without_texts(self) -> ScoredPair:
         """The scores alone."""

@@ -123,6 +123,22 @@ def test_only_the_schema_version_of_this_kit_is_read(tmp_path):
         read_report(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ('"reference_mean":', '"reference_mean": NaN, "x":', "NaN is no finite number"),
+        ('"reference_mean":', '"reference_mean": 1e999, "x":', "1e999 is no finite number"),
+        ('"content":', '"contents":', "messages with role and content"),
+        ('"agreement": {', '"agreement": {"low": null, "value": 1.0}, "y": {', "a value with its interval"),
+    ],
+)
+def test_what_the_page_could_not_show_is_refused(tmp_path, old, new, fault):
+    text = measure_parity(random_pairs(4), SUBJECT).to_json()
+    (tmp_path / "parity.json").write_text(text.replace(old, new))
+    with pytest.raises(KitError, match=fault):
+        read_report(tmp_path / "parity.json")
+
+
 def test_a_report_is_frozen():
     report: ParityReport = measure_parity(random_pairs(3), SUBJECT)
     with pytest.raises(ValueError, match="frozen"):
