@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from runtime.common.errors import printable
+from runtime.common.errors import presentable, printable
 
 
 class ErrorDetail(BaseModel):
@@ -43,7 +43,7 @@ class ApiError(Exception):
 
     def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
         """Return the HTTP response, with further `headers`."""
-        detail = ErrorDetail(message=printable(self.message), field=self.field, code=self.status)
+        detail = ErrorDetail(message=presentable(self.message), field=self.field, code=self.status)
         retry = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return JSONResponse(ErrorAnswer(error=detail).model_dump(), self.status, {**retry, **(headers or {})})
 

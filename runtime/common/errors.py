@@ -33,11 +33,7 @@ class KitError(Exception):
     """
 
     def __init__(self, message: str = "") -> None:
-        if not message.isprintable():
-            message = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
-        if len(message) > LONGEST_MESSAGE:
-            message = f"{message[: LONGEST_MESSAGE - 300]} [...] {message[-250:]}"
-        super().__init__(message)
+        super().__init__(presentable(message))
 
 
 class CheckpointError(KitError):
@@ -80,6 +76,15 @@ def in_conversation(error: KitError, number: int) -> KitError:
     named = type(error)(f"conversation {number}: {error}")
     named.__dict__.update(error.__dict__)
     return named
+
+
+def presentable(message: str) -> str:
+    """Return a message with escapes for what is not printable, cut in the middle to `LONGEST_MESSAGE`."""
+    if not message.isprintable():
+        message = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[: LONGEST_MESSAGE - 300]} [...] {message[-250:]}"
+    return message
 
 
 def printable(text: str) -> str:

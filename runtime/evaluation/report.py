@@ -194,6 +194,11 @@ def _finite(text: str) -> float:
     return value
 
 
+def _whole(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
 def read_report(path: str | Path) -> ParityReport:
     """Read a parity.json.
 
@@ -202,7 +207,7 @@ def read_report(path: str | Path) -> ParityReport:
     """
     path = Path(path)
     try:
-        content = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
+        content = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite, parse_int=_whole)
         version = content["schema_version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise KitError(f"{path} is not a parity report ({error!r}); pass a parity.json of this kit.") from error

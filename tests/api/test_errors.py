@@ -327,3 +327,10 @@ def test_a_message_that_is_refused_is_not_repeated(service: Service):
     answer = send(api_of(service), "/v1/scores", GOOD | {"model": script})
     assert answer.headers["content-type"] == "application/json"
     assert issubclass(ConversationError, Exception)
+
+
+def test_a_message_that_quotes_the_request_is_printable_and_short(service: Service):
+    for name in ("querie\ufeffs", "\x1b[2J", "x" * 5000):
+        answer = send(api_of(service), "/v1/scores", {name: 1, "conversations": [conversation("A")]})
+        message = answer.json()["error"]["message"]
+        assert answer.status_code == 422 and message.isprintable() and len(message) <= 1000

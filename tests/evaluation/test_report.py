@@ -128,6 +128,7 @@ def test_only_the_schema_version_of_this_kit_is_read(tmp_path):
     [
         ('"reference_mean":', '"reference_mean": NaN, "x":', "NaN is no finite number"),
         ('"reference_mean":', '"reference_mean": 1e999, "x":', "1e999 is no finite number"),
+        ('"reference_mean":', f'"reference_mean": {10**400}, "x":', "is no finite number"),
         ('"content":', '"contents":', "messages with role and content"),
         ('"agreement": {', '"agreement": {"low": null, "value": 1.0}, "y": {', "a value with its interval"),
     ],
