@@ -22,7 +22,9 @@ from runtime.conversations.conversation import (
     top_category_of,
 )
 from runtime.conversations.row_files import INPUT_SUFFIXES, is_row_file, read_rows
-from runtime.conversations.row_shapes import parse_row, read_category
+from runtime.conversations.row_shapes import read_category
+from runtime.conversations.rows.context import RowOptions
+from runtime.conversations.rows.recognise import read_row
 
 BUNDLED = Path(__file__).parent / "bundled"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -54,35 +56,41 @@ class LoadedRows:
 
     Attributes:
         counts: `read` rows, and how many of them were skipped as `empty` (blank prompt or response), `duplicate`, or
-            `tied` (chosen equals rejected).
+            `tied` (chosen equals rejected, or the row prefers neither). A row with several pairs is counted once in
+            `read`, and each of its pairs in the others.
+        formats: the formats of the rows, each with the location of its first row.
     """
 
     source: str
     pairs: list[PreferencePair] = field(default_factory=list)
     conversations: list[ConversationRow] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("read", "empty", "duplicate", "tied"), 0))
+    formats: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One line for the terminal: usable and skipped rows."""
         kinds = {"pairs": len(self.pairs), "single conversations": len(self.conversations)}
         kept = " and ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count) or "nothing usable"
         left_out = [f"{self.counts[key]:,} {key}" for key in ("empty", "duplicate", "tied") if self.counts[key]]
-        return f"{self.source}: {kept}" + (f" (left out: {', '.join(left_out)})" if left_out else "")
+        formats = f"; format {', '.join(self.formats)}" if self.formats else ""
+        return f"{self.source}: {kept}" + (f" (left out: {', '.join(left_out)})" if left_out else "") + formats
 
 
-def load_rows(source: str | Path | None = None) -> LoadedRows:
+def load_rows(source: str | Path | None = None, options: RowOptions | None = None) -> LoadedRows:
     """Read every row of `source`.
 
     Args:
         source: None for the bundled set; a file with one of the suffixes `INPUT_SUFFIXES`; a directory of such files;
             or a hub data set, ``owner/name`` or ``owner/name@revision``. Of a data set only such files are downloaded,
             and no code of it runs.
+        options: how rows are read.
 
     Raises:
         ConversationError: the source does not exist or cannot be downloaded, a row is malformed, or no row is usable.
     """
     files = list_files(source)
-    rows = collect_rows((row for file in files for row in read_rows(file)), str(source or "bundled conversations"))
+    located_rows = (row for file in files for row in read_rows(file))
+    rows = collect_rows(located_rows, str(source or "bundled conversations"), options)
     if not rows.counts["read"]:
         raise ConversationError(f"{rows.source} is empty; at least one row of preference data was expected.")
     if not rows.pairs and not rows.conversations:
@@ -90,8 +98,10 @@ def load_rows(source: str | Path | None = None) -> LoadedRows:
     return rows
 
 
-def collect_rows(located_rows: Iterable[tuple[str, Any]], source: str) -> LoadedRows:
+def collect_rows(located_rows: Iterable[tuple[str, Any]], source: str, options: RowOptions | None = None) -> LoadedRows:
     """Parse (location, row) pairs, and skip and count the unusable ones.
+
+    A row gives every pair that it states a preference for; without one, each of its conversations.
 
     Raises:
         ConversationError: a row is malformed.
@@ -100,20 +110,28 @@ def collect_rows(located_rows: Iterable[tuple[str, Any]], source: str) -> Loaded
     for where, raw in located_rows:
         rows.counts["read"] += 1
         try:
-            parsed = parse_row(raw, where)
+            reading = read_row(raw, where, options)
         except EmptyConversationError:
             rows.counts["empty"] += 1
             continue
-        row = parsed if isinstance(parsed, PreferencePair) else ConversationRow(parsed, read_category(raw), where)
-        if row.id in seen:
-            rows.counts["duplicate"] += 1
-        elif isinstance(row, ConversationRow):
-            rows.conversations.append(row)
-        elif row.chosen == row.rejected:
+        rows.formats.setdefault(reading.format, where)
+        if reading.tied:
             rows.counts["tied"] += 1
-        else:
-            rows.pairs.append(row)
-        seen.add(row.id)
+            continue
+        category = read_category(raw)
+        found = reading.pairs(category, where) or [
+            ConversationRow(conversation, category, where) for conversation in reading.conversations
+        ]
+        for row in found:
+            if row.id in seen:
+                rows.counts["duplicate"] += 1
+            elif isinstance(row, ConversationRow):
+                rows.conversations.append(row)
+            elif row.chosen == row.rejected:
+                rows.counts["tied"] += 1
+            else:
+                rows.pairs.append(row)
+            seen.add(row.id)
     return rows
 
 

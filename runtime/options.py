@@ -12,6 +12,8 @@ from pathlib import Path
 
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from runtime.common.errors import ConfigurationError
+from runtime.conversations.rows.context import RowOptions
+from runtime.conversations.rows.shapes import FORMATS
 from runtime.execution.devices import DeviceNames, MemoryLimits
 from runtime.execution.placement import plan_placement
 from runtime.execution.placement_plan import PlacementPlan
@@ -68,6 +70,38 @@ class ModelOptions:
         """
         checkpoint = open_checkpoint(source)
         return Scorer(checkpoint, self.plan(checkpoint))
+
+
+def add_row_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add `--format`, `--columns` and `--lenient`."""
+    group.add_argument(
+        "--format", choices=FORMATS, metavar="NAME", help="format of the rows (default: recognised from their keys)"
+    )
+    group.add_argument(
+        "--columns",
+        metavar="NAMES",
+        help="columns of other names, such as prompt=question,chosen=a,rejected=b",
+    )
+    group.add_argument(
+        "--lenient", action="store_true", help="render tool calls and images as text (default: the row gets an error)"
+    )
+
+
+def read_row_options(arguments: argparse.Namespace) -> RowOptions:
+    """The values of the flags that `add_row_arguments` added.
+
+    Raises:
+        ConfigurationError: `--columns` is not of the form NAME=COLUMN,NAME=COLUMN.
+    """
+    columns: dict[str, str] = {}
+    for each in (arguments.columns or "").split(",") if arguments.columns else ():
+        name, separator, column = (part.strip() for part in each.partition("="))
+        if not separator or not name or not column or name in columns:
+            raise ConfigurationError(
+                f"--columns is {arguments.columns!r}; NAME=COLUMN,NAME=COLUMN was expected, such as prompt=question."
+            )
+        columns[name] = column
+    return RowOptions(arguments.format, columns, arguments.lenient)
 
 
 def add_model_arguments(group: argparse._ArgumentGroup, token_budget_help: str = "") -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from runtime.common.command import make_parser, run_command
 from runtime.evaluation.report import Thresholds
 from runtime.evaluation.run import RESUME_HINT, ParityOptions, run
-from runtime.options import ModelOptions, add_model_arguments
+from runtime.options import ModelOptions, add_model_arguments, add_row_arguments, read_row_options
 
 DESCRIPTION = """\
 Compare the scores of reward models with reference scores, and report how much they differ.
@@ -61,6 +61,7 @@ def parse(argv: list[str] | None = None) -> ParityOptions:
         output=arguments.output,
         print_json=arguments.json,
         model_options=ModelOptions.from_arguments(arguments),
+        row_options=read_row_options(arguments),
     )
 
 
@@ -84,6 +85,7 @@ def _add_reference(group: argparse._ArgumentGroup) -> None:
         default=[],
         help="preference pairs to compare on (default: the parity_pairs.jsonl beside the models)",
     )
+    add_row_arguments(group)
     group.add_argument(
         "--reference",
         metavar="MODEL",

@@ -10,7 +10,7 @@ from runtime.batch.formats import OUTPUT_SUFFIXES
 from runtime.batch.options import ScoreOptions
 from runtime.batch.run import resume_hint, run
 from runtime.common.command import make_parser, run_command
-from runtime.options import ModelOptions, add_model_arguments
+from runtime.options import ModelOptions, add_model_arguments, add_row_arguments, read_row_options
 
 DESCRIPTION = """\
 Score conversations, preference pairs or N responses to a prompt with a WorldPM reward model.
@@ -25,6 +25,7 @@ input rows, in JSONL or JSON (also .gz), CSV or Parquet; - reads JSONL from stan
   {"prompt": "...", "chosen": "...", "rejected": "..."}      a pair; messages instead of text, or no prompt, as in TRL
   {"prompt": "...", "responses": ["...", "...", "..."]}      N responses to one prompt (best-of-N)
   {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}              one conversation
+  and the formats of many data sets, listed in docs/scoring.md; the run says which one it took.
   `id` and `category` are copied to the output; other keys are ignored. CSV has the text columns prompt, chosen and
   rejected, or prompt and response.
 
@@ -68,6 +69,7 @@ def parse(argv: list[str] | None = None) -> ScoreOptions:
         engine=arguments.engine,
         actors=arguments.actors,
         model_options=ModelOptions.from_arguments(arguments),
+        row_options=read_row_options(arguments),
     )
 
 
@@ -87,6 +89,7 @@ def _add_rows(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="drop the oldest turns of a conversation that is too long (default: the row gets an error)",
     )
+    add_row_arguments(group)
     group.add_argument("--strict", action="store_true", help="stop at the first row that cannot be scored")
 
 

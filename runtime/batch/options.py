@@ -8,6 +8,7 @@ from typing import Literal
 
 from runtime.batch.formats import OUTPUT_SUFFIXES
 from runtime.common.errors import ConfigurationError
+from runtime.conversations.rows.context import RowOptions
 from runtime.options import ModelOptions
 
 
@@ -25,6 +26,7 @@ class ScoreOptions:
         strict: stop at the first row that cannot be scored.
         engine: score in this process, or on a Ray cluster.
         actors: number of Ray actors; None for one per GPU, or one per machine.
+        row_options: how rows are read.
         model_options: placement and dtype; with Ray, of each actor's model.
 
     Raises:
@@ -41,6 +43,7 @@ class ScoreOptions:
     engine: Literal["local", "ray"] = "local"
     actors: int | None = None
     model_options: ModelOptions = field(default_factory=ModelOptions)
+    row_options: RowOptions = RowOptions()
 
     def __post_init__(self) -> None:
         if self.output is None and self.resume:

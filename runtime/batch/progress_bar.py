@@ -57,6 +57,10 @@ class ScoringProgressBar:
         """Rate of this run in rendered tokens; shared prefixes count once per conversation."""
         return self.tokens / self.seconds
 
+    def print_note(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(text)
+
     def print_error(self, error: str) -> None:
         """Print the error of a row, for the first `SHOWN_ERRORS` rows."""
         self._num_errors += 1

@@ -13,6 +13,7 @@ from runtime.batch.row import InputRow
 from runtime.common.errors import ConversationError, JobError
 from runtime.conversations.rendering import Renderer
 from runtime.conversations.row_files import count_rows, read_jsonl_file, read_rows
+from runtime.conversations.rows.context import RowOptions
 
 STANDARD_INPUT = "-"
 WINDOW_ROWS = 1024  # most rows of a window; rows that cannot be scored have no tokens and would never fill one
@@ -23,33 +24,42 @@ class ScoreInput:
 
     Attributes:
         rows: number of rows read so far.
+        formats: the formats read so far, each with the location of its first row.
     """
 
-    def __init__(self, located_rows: Iterable[tuple[str, Any]], path: Path | None = None):
+    def __init__(
+        self,
+        located_rows: Iterable[tuple[str, Any]],
+        path: Path | None = None,
+        options: RowOptions | None = None,
+    ):
         """Wrap rows that are in memory or being read.
 
         Args:
             located_rows: (location, row or ConversationError), as `runtime.conversations.row_files.read_rows` yields.
             path: the file they come from, for `count`.
+            options: how rows are read.
         """
+        self._options = options
+        self.formats: dict[str, str] = {}
         self._located_rows = iter(located_rows)
         self._path = path
         self._digest = hashlib.sha256()
         self.rows = 0
 
     @classmethod
-    def open(cls, source: str) -> ScoreInput:
+    def open(cls, source: str, options: RowOptions | None = None) -> ScoreInput:
         """Open a file, or standard input as JSONL if `source` is ``-``.
 
         Raises:
             ConversationError: the file does not exist or is not in the format of its suffix.
         """
         if source == STANDARD_INPUT:
-            return cls(read_jsonl_file(sys.stdin.buffer, "stdin", keep_errors=True))
+            return cls(read_jsonl_file(sys.stdin.buffer, "stdin", keep_errors=True), options=options)
         path = Path(source)
         rows = read_rows(path, keep_errors=True)
         first = next(rows, None)  # so that an unreadable file fails here, before a model is loaded
-        return cls(rows if first is None else chain([first], rows), path)
+        return cls(rows if first is None else chain([first], rows), path, options)
 
     @property
     def digest(self) -> str:
@@ -65,7 +75,9 @@ class ScoreInput:
 
     def __next__(self) -> InputRow:
         where, row = next(self._located_rows)
-        input_row = InputRow.read(row, where)
+        input_row = InputRow.read(row, where, self._options)
+        if input_row.format:
+            self.formats.setdefault(input_row.format, input_row.where)
         self._digest.update(input_row.canonical())
         self.rows += 1
         return input_row

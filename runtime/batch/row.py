@@ -10,7 +10,9 @@ from typing import Any
 from runtime.common.errors import ConversationError, printable
 from runtime.conversations.conversation import UNCATEGORISED, ChatMessage
 from runtime.conversations.rendering import RenderedConversation, Renderer
-from runtime.conversations.row_shapes import RowKind, parse_scorable_row, read_category, read_id
+from runtime.conversations.row_shapes import read_category, read_id
+from runtime.conversations.rows.context import RowKind, RowOptions
+from runtime.conversations.rows.recognise import read_row
 from runtime.scorer import probability_preferred
 
 
@@ -26,6 +28,9 @@ class InputRow:
         id: its `id`, if any.
         category: its `category` or `subset`, empty if it has none.
         error: why it cannot be scored, starting with `where`; empty if it can.
+        names: of the conversations, as messages use them: ``chosen``, ``responses[2]``.
+        format: the format that it was read as; empty if it could not be read.
+        notes: warnings on how it was read.
     """
 
     where: str
@@ -35,9 +40,12 @@ class InputRow:
     id: str | int | float | None = None
     category: str = ""
     error: str = ""
+    names: list[str] = field(default_factory=list)
+    format: str = ""
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, row: Any, where: str) -> InputRow:
+    def read(cls, row: Any, where: str, options: RowOptions | None = None) -> InputRow:
         """Interpret a decoded row, or the ConversationError that `read_rows` yields in place of one."""
         input_row = cls(printable(where))
         try:
@@ -47,18 +55,13 @@ class InputRow:
                 category = read_category(row)
                 input_row.category = "" if category == UNCATEGORISED else category
                 input_row.id = read_id(row, where)
-            input_row.kind, input_row.conversations = parse_scorable_row(row, where)
+            reading = read_row(row, where, options)
+            input_row.kind, input_row.conversations = reading.kind, reading.conversations
+            input_row.names, input_row.format = reading.names, reading.format
+            input_row.notes = [printable(text) for text in reading.warnings]
         except ConversationError as error:
             input_row.mark_failed(error)
         return input_row
-
-    @property
-    def names(self) -> list[str]:
-        """Name of each conversation, as messages use it: ``chosen``, ``responses[2]``."""
-        if self.kind == "pair":
-            return ["chosen", "rejected"]
-        count = len(self.rendered or self.conversations)
-        return [f"responses[{index}]" for index in range(count)] if self.kind == "responses" else ["messages"]
 
     @property
     def tokens(self) -> int:
@@ -85,7 +88,7 @@ class InputRow:
         self.conversations, self.rendered = [], []
 
     def warnings(self) -> list[str]:
-        """Warnings of the renderer. Those not common to all conversations start with the conversation's name."""
+        """Warnings of the reader and the renderer. Those of some conversations start with the conversation's name."""
         warnings = [rendered.warnings for rendered in self.rendered]
         common = [text for text in (warnings[0] if warnings else []) if all(text in each for each in warnings)]
         single = [
@@ -94,7 +97,7 @@ class InputRow:
             for text in each
             if text not in common
         ]
-        return common + single
+        return [*self.notes, *common, *single]
 
     def canonical(self) -> bytes:
         """Bytes for a digest of the row before rendering; they differ if the rows do."""

@@ -20,6 +20,7 @@ from runtime.batch.progress_bar import ScoringProgressBar
 from runtime.batch.reader import ScoreInput
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from runtime.common.errors import ConfigurationError, ConversationError
+from runtime.conversations.rows.context import RowOptions
 from runtime.execution.placement_plan import PlacementPlan
 
 
@@ -39,7 +40,7 @@ def run(options: ScoreOptions, console: Console) -> int:
     with open_engine(use_resumed_token_budget(options, recipe), checkpoint, console) as engine:
         window_tokens = recipe.get("window", engine.plan.window_tokens)
         with open_output(options, checkpoint, engine.plan, window_tokens) as output:
-            rows = ScoreInput.open(options.file)
+            rows = ScoreInput.open(options.file, options.row_options)
             if rows_before := output.state.rows:
                 console.print(f"resuming after row {rows_before:,}")
                 rows.skip(rows_before, output.state.input)
@@ -118,6 +119,13 @@ def open_output(options: ScoreOptions, checkpoint: Checkpoint, plan: PlacementPl
         "products": "joined" if plan.stacked else "apart",
         "truncate": options.truncate,
     }
+    if options.row_options != RowOptions():
+        row_options = options.row_options
+        recipe |= {
+            "format": row_options.format,
+            "columns": dict(row_options.columns),
+            "lenient": row_options.lenient,
+        }
     return OutputFile(options.output, recipe, resume=options.resume)
 
 
@@ -134,9 +142,14 @@ def score_rows(
     Raises:
         ConversationError: a row cannot be scored, and `options.strict` is set.
     """
+    told: set[str] = set()
     windows = rows.windows(engine.renderer, tokens=window_tokens, truncate=options.truncate, strict=options.strict)
     with closing(engine.score_windows((window, rows.digest) for window in windows)) as scored:
         for records, digest in scored:
+            for name, where in rows.formats.items():
+                if name not in told:
+                    told.add(name)
+                    progress.print_note(f"{where}: the format is {name}")
             for error in (record["error"] for record in records if "error" in record):
                 if options.strict:
                     raise ConversationError(error)

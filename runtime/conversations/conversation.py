@@ -1,6 +1,6 @@
 """Conversations and preference pairs as data, and the checks on their messages.
 
-`runtime.conversations.row_shapes` reads them from rows; `runtime.conversations.rendering` turns them into tokens.
+`runtime.conversations.rows` reads them from rows; `runtime.conversations.rendering` turns them into tokens.
 """
 
 from __future__ import annotations

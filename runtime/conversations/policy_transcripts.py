@@ -23,14 +23,14 @@ class _Template:
         opening: starts a turn; its group names the role.
         ending: what may follow a turn's text.
         roles: by the name in the template, if that is another.
-        system_first: whether text before the first turn is the system's.
+        lead: the role of text before the first turn, if it may have any.
         padded: whether spaces around a turn's text belong to the template.
     """
 
     opening: re.Pattern[str]
     ending: re.Pattern[str]
     roles: Mapping[str, str] = field(default_factory=dict)
-    system_first: bool = False
+    lead: str = ""
     padded: bool = False
 
 
@@ -39,7 +39,11 @@ _PLAIN = _Template(
     re.compile(r"\n\Z"),  # of a blank line between turns
     {"User": "user", "Human": "user", "Assistant": "assistant"},
 )
+_ANTHROPIC = _Template(
+    re.compile(r"\n\n(Human|Assistant): ?"), re.compile(r"(?!)"), {"Human": "user", "Assistant": "assistant"}
+)
 _TEMPLATES = (
+    _ANTHROPIC,
     _Template(re.compile(r"<\|im_start\|>([\w-]+)\n"), re.compile(r"<\|im_end\|>\n?\Z")),  # ChatML: Qwen and others
     _Template(re.compile(r"<\|start_header_id\|>([\w-]+)<\|end_header_id\|>\n\n"), re.compile(r"<\|eot_id\|>\n?\Z")),
     _Template(
@@ -57,8 +61,14 @@ _TEMPLATES = (
         re.compile(r"<｜(User|Assistant)｜>"),
         re.compile(r"<｜end▁of▁sentence｜>\Z"),
         {"User": "user", "Assistant": "assistant"},
-        system_first=True,
+        lead="system",
     ),  # DeepSeek
+    _Template(
+        re.compile(r"(?:\A|\n)<extra_id_1>(User|Assistant)\n"),
+        re.compile(r"\n\Z"),
+        {"User": "user", "Assistant": "assistant"},
+        lead="user",
+    ),  # HelpSteer
 )
 _SYSTEM_IN_TURN = re.compile(r"\A\s*<<SYS>>\n(.*?)\n<</SYS>>\n\n", re.DOTALL)  # Llama 2
 _SYSTEM_BEFORE_TURNS = re.compile(r"\A\[SYSTEM_PROMPT\](.*?)\[/SYSTEM_PROMPT\]", re.DOTALL)  # Mistral
@@ -87,7 +97,7 @@ _TEMPLATE_TOKEN = re.compile(
 def read_policy_text(text: str, prompt: str | None = None, where: str = "") -> list[ChatMessage]:
     """Parse a transcript in the template of a policy, or in plain text with `User:` and `Assistant:`.
 
-    Known templates: ChatML (Qwen), Llama 2 and 3, Gemma, Mistral, DeepSeek, Zephyr and Phi-3.
+    Known templates: ChatML (Qwen), Llama 2 and 3, Gemma, Mistral, DeepSeek, Zephyr, Phi-3 and HelpSteer.
 
     Args:
         text: prompt and response.
@@ -104,6 +114,7 @@ def read_policy_text(text: str, prompt: str | None = None, where: str = "") -> l
         prompt = _strip_leading_tokens(prompt)
         if prompt.strip() and text.startswith(prompt):
             turns, padded = _read_turns(prompt) or ([_plain_prompt(prompt, where)], False)
+            padded = padded or (turns[-1]["role"] == "assistant" and prompt.endswith("Assistant:"))
             return _append_response(turns, text[len(prompt) :].removeprefix(" " if padded else ""))
     found = _read_turns(text)
     if found is None:
@@ -112,8 +123,23 @@ def read_policy_text(text: str, prompt: str | None = None, where: str = "") -> l
             "DeepSeek, Zephyr or Phi-3, or as 'User: ...' and 'Assistant: ...' on separate lines, or send messages."
         )
     turns = found[0]
-    turns[-1]["content"] = _strip_end_tokens(turns[-1]["content"])
+    turns[-1]["content"] = strip_end_tokens(turns[-1]["content"])
     return turns
+
+
+def read_transcript(text: str) -> list[ChatMessage] | None:
+    """The turns of a text that starts with a turn in a known template; None if it does not.
+
+    The last turn of a prompt may be an empty one of the assistant, which the response continues.
+    """
+    found = _read_turns(_strip_leading_tokens(text))
+    return found[0] if found else None
+
+
+def find_template_token(text: str) -> str | None:
+    """The first token of a chat template in a text that is not a transcript."""
+    token = _TEMPLATE_TOKEN.search(text)
+    return token[0] if token else None
 
 
 def _strip_leading_tokens(text: str) -> str:
@@ -132,13 +158,13 @@ def _plain_prompt(prompt: str, where: str) -> ChatMessage:
 
 def _append_response(turns: list[ChatMessage], response: str) -> list[ChatMessage]:
     """Append the response; it continues the last turn if that is the assistant's (a generation prompt)."""
-    response = _strip_end_tokens(response)
+    response = strip_end_tokens(response)
     if turns[-1]["role"] == "assistant":
         return [*turns[:-1], {"role": "assistant", "content": turns[-1]["content"] + response}]
     return [*turns, {"role": "assistant", "content": response}]
 
 
-def _strip_end_tokens(text: str) -> str:
+def strip_end_tokens(text: str) -> str:
     """Remove all trailing end tokens, each with an optional line break after it.
 
     A loop from the right is linear; a regular expression would be quadratic on long runs of end tokens.
@@ -158,13 +184,13 @@ def _read_turns(text: str) -> tuple[list[ChatMessage], bool] | None:
     if system := _SYSTEM_BEFORE_TURNS.match(text):
         before, text = system[1], text[system.end() :]
     for template in _TEMPLATES:
-        own = text.lstrip("\n")
-        first = template.opening.search(own) if template.system_first else template.opening.match(own)
+        own = text if template is _ANTHROPIC else text.lstrip("\n")
+        first = template.opening.search(own) if template.lead else template.opening.match(own)
         if first:
             lead, *parts = template.opening.split(own)
             turns = _turns_of(template, parts)
-            if system_text := before or lead:
-                turns.insert(0, {"role": "system", "content": system_text})
+            if before or lead:
+                turns.insert(0, {"role": "system" if before else template.lead, "content": before or lead})
             return turns, template.padded
     return None
 

@@ -1,6 +1,6 @@
 """Read JSONL, JSON, CSV and Parquet files row by row, each row with its location.
 
-Rows are decoded but not interpreted; see `runtime.conversations.row_shapes`.
+Rows are decoded but not interpreted; see `runtime.conversations.rows`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime.common.errors import ConversationError
-from runtime.conversations.row_shapes import PAIR_EXAMPLE
+from runtime.conversations.rows.recognise import EXAMPLE as PAIR_EXAMPLE
 from runtime.conversations.text_lines import decode_line, number_lines, read_lines, read_text
 
 INPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
@@ -150,8 +150,12 @@ def _whole_json(path: Path) -> list[Any]:
 
 
 def _is_columns(value: dict[str, Any]) -> bool:
-    """Whether an object is a table of columns, which hold lists of texts or of lists. A row holds neither."""
-    columns = (value.get(key) for key in ("prompt", "chosen", "rejected", "messages"))
+    """Whether an object is a table of columns, which hold lists of texts or of lists.
+
+    A row may have such lists too (RewardBench 2), but not as its prompt.
+    """
+    prompts = [value[key] for key in ("prompt", "question", "instruction", "query") if value.get(key) is not None]
+    columns = prompts or [value.get(key) for key in ("chosen", "rejected", "messages")]
     return any(isinstance(column, list) and column and isinstance(column[0], (str, list)) for column in columns)
 
 

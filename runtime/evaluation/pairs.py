@@ -16,7 +16,9 @@ from runtime.common.errors import ConversationError
 from runtime.common.files import write_file_atomically
 from runtime.conversations.conversation import EmptyConversationError, PreferencePair
 from runtime.conversations.row_files import read_rows
-from runtime.conversations.row_shapes import pair_to_row, parse_row
+from runtime.conversations.row_shapes import pair_to_row, read_category
+from runtime.conversations.rows.context import RowOptions
+from runtime.conversations.rows.recognise import read_row
 from runtime.evaluation.reference_scores import describe_precision
 from runtime.evaluation.scored_pair import Scores
 from runtime.evaluation.variant import RenderedPair, Variant
@@ -82,10 +84,10 @@ class PairReferenceScores:
         )
 
 
-def read_pairs(paths: Iterable[Path]) -> list[PreferencePair]:
+def read_pairs(paths: Iterable[Path], options: RowOptions | None = None) -> list[PreferencePair]:
     """Read preference pairs from JSONL, JSON or Parquet files.
 
-    Duplicates, rows with a blank prompt or response, and pairs of two equal responses are skipped.
+    Duplicates, rows with a blank prompt or response, ties, and pairs of two equal responses are skipped.
 
     Raises:
         ConversationError: a file or row is malformed, a row is a single conversation, or no pair is left.
@@ -94,15 +96,15 @@ def read_pairs(paths: Iterable[Path]) -> list[PreferencePair]:
     pairs: dict[str, PreferencePair] = {}
     for where, row in chain.from_iterable(map(read_rows, paths)):
         try:
-            pair = parse_row(row, where)
+            reading = read_row(row, where, options)
         except EmptyConversationError:
             continue
-        if not isinstance(pair, PreferencePair):
-            raise ConversationError(
-                f"{where}: the row is a single conversation; parity needs a chosen and a rejected response."
-            )
-        if pair.chosen != pair.rejected:
-            pairs.setdefault(pair.id, pair)
+        if not reading.preferences and not reading.tied:
+            what = "is a single conversation" if reading.kind == "conversation" else "prefers none of its responses"
+            raise ConversationError(f"{where}: the row {what}; parity needs a chosen and a rejected response.")
+        for pair in reading.pairs(read_category(row), where):
+            if pair.chosen != pair.rejected:
+                pairs.setdefault(pair.id, pair)
     if not pairs:
         names = ", ".join(map(str, paths))
         raise ConversationError(f"{names}: no usable preference pair; add pairs of two different responses.")

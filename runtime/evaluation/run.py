@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from runtime.common.errors import ConfigurationError, NonFiniteError
+from runtime.conversations.rows.context import RowOptions
 from runtime.evaluation.comparison import VariantScores, build_parity_report, check_golden_scores
 from runtime.evaluation.golden import GOLDEN_CONVERSATIONS, GoldenResult
 from runtime.evaluation.pairs import (
@@ -49,6 +50,7 @@ class ParityOptions:
         output: directory for the reports; None writes none.
         print_json: print the metrics as one JSON line.
         model_options: devices, memory and dtype.
+        row_options: how the rows of `pairs` are read.
 
     Raises:
         ConfigurationError: `tolerance` without `golden`.
@@ -63,6 +65,7 @@ class ParityOptions:
     output: Path | None = None
     print_json: bool = False
     model_options: ModelOptions = ModelOptions()
+    row_options: RowOptions = RowOptions()
 
     def __post_init__(self) -> None:
         if self.tolerance is not None and not self.golden:
@@ -129,7 +132,7 @@ def choose_pairs(options: ParityOptions, models: Sequence[Variant], reference: V
                 f"{model.checkpoint.directory} has no {REFERENCE_SCORES_FILE}, which quantization writes; pass "
                 f"--reference to compare {model.label} with a checkpoint."
             )
-    return select_pairs(read_pairs(paths), models, reference)
+    return select_pairs(read_pairs(paths, options.row_options), models, reference)
 
 
 def evaluate_model(

@@ -57,10 +57,10 @@ def test_every_shape_says_what_is_to_be_scored(row, kind, conversations):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "x"}, "f:1: the row has the keys 'question'; .*responses.*messages"),
+        ({"question": "x"}, "f:1: the row has the keys 'question' but no 'answer'"),
         ({}, "f:1: the row has no keys"),
         (3, "f:1: the row is a number 3"),
-        ({"prompt": "Q", "responses": "a"}, "f:1: responses is text 'a'; such a row is"),
+        ({"prompt": "Q", "responses": "a"}, "f:1: responses is text 'a'; a list of responses"),
         ({"prompt": "Q", "responses": []}, "f:1: responses is empty"),
         ({"prompt": "Q", "responses": ["a", " "]}, r"f:1: responses\[1\]: the response is blank"),
         ({"prompt": "Q", "responses": ["a", 7]}, r"f:1: responses\[1\] is a number 7; text or a list"),
@@ -122,6 +122,7 @@ def test_what_holds_for_all_is_said_once():
         "f:1",
         "responses",
         rendered=[RenderedConversation([1], 0, [text]), RenderedConversation([1], 0, [text, "other"])],
+        names=["responses[0]", "responses[1]"],
     )
     assert row.warnings() == [text, "responses[1]: other"]
 

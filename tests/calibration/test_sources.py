@@ -42,7 +42,9 @@ def test_rows_that_carry_nothing_are_left_out_and_counted(tmp_path):
         ("uncategorised", "rows.jsonl:7"),
     ]
     assert rows.conversations == [ConversationRow(messages["messages"], "chat", "rows.jsonl:5")]
-    assert rows.summary() == (f"{path}: 2 pairs and 1 single conversations (left out: 1 empty, 2 duplicate, 1 tied)")
+    assert rows.summary() == (
+        f"{path}: 2 pairs and 1 single conversations (left out: 1 empty, 2 duplicate, 1 tied); format pair, messages"
+    )
 
 
 def test_a_broken_row_stops_the_reading_with_its_line(tmp_path):

@@ -126,7 +126,7 @@ def test_rows_are_counted_where_that_is_cheap(tmp_path):
         (
             "rows.jsonl",
             LINES + b'{"prompt": "a" "b"}',
-            r'rows.jsonl:3: not JSON at column 16, near .*"prompt": \[',
+            r'rows.jsonl:3: not JSON at column 16, near .*"prompt": "',
         ),
         (
             "rows.jsonl",
