@@ -7,7 +7,7 @@ A malformed row is an error, because silently missing calibration data degrades 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def collect_rows(located_rows: Iterable[tuple[str, Any]], source: str, options: 
             rows.counts["tied"] += 1
             continue
         category = read_category(raw)
-        found = reading.pairs(category, where) or [
+        found: Sequence[PreferencePair | ConversationRow] = reading.pairs(category, where) or [
             ConversationRow(conversation, category, where) for conversation in reading.conversations
         ]
         for row in found:

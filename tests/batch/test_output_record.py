@@ -11,7 +11,8 @@ from runtime.conversations.rendering import RenderedConversation
 
 
 def row(kind: RowKind, count: int, **more) -> InputRow:
-    return InputRow("f:1", kind, rendered=[RenderedConversation([1] * (n + 2), 0) for n in range(count)], **more)
+    rendered = [RenderedConversation([1] * (n + 2), 0) for n in range(count)]
+    return InputRow("f:1", kind, rendered=rendered, names=[f"responses[{n}]" for n in range(count)], **more)
 
 
 def test_a_pair():
