@@ -137,7 +137,9 @@ def _read_response(value: Any, name: str, prompt: Prompt, context: RowContext) -
         return transcript, transcript[0]["role"] != "assistant"
     if prompt.text.endswith("Assistant:"):
         value = value.removeprefix(" ")
-    return [{"role": "assistant", "content": prompt.start + strip_end_tokens(value)}], False
+    if prompt.text:  # of a policy; tokens in other text were typed by someone
+        value = strip_end_tokens(value)
+    return [{"role": "assistant", "content": prompt.start + value}], False
 
 
 def _read_transcript_response(text: str, name: str, prompt: Prompt, context: RowContext) -> list[ChatMessage] | None:
