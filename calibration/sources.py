@@ -6,6 +6,7 @@ A malformed row is an error, because silently missing calibration data degrades 
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +22,14 @@ from runtime.conversations.conversation import (
     digest_messages,
     top_category_of,
 )
-from runtime.conversations.row_files import INPUT_SUFFIXES, is_row_file, read_rows
+from runtime.conversations.row_files import read_rows
 from runtime.conversations.row_shapes import read_category
+from runtime.conversations.row_sources import INPUT_SUFFIXES, METADATA_FILES, is_row_file, list_row_files, local_path
 from runtime.conversations.rows.context import RowOptions
 from runtime.conversations.rows.recognise import read_row
 
 BUNDLED = Path(__file__).parent / "bundled"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
-_METADATA_FILES = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ def load_rows(source: str | Path | None = None, options: RowOptions | None = Non
     """Read every row of `source`.
 
     Args:
-        source: None for the bundled set; a file with one of the suffixes `INPUT_SUFFIXES`; a directory of such files;
-            or a hub data set, ``owner/name`` or ``owner/name@revision``. Of a data set only such files are downloaded,
-            and no code of it runs.
+        source: None for the bundled set; a file with one of the suffixes `INPUT_SUFFIXES`; a directory of such files,
+            or a pattern of their names; or a hub data set, ``owner/name`` or ``owner/name@revision``. Of a data set
+            only such files are downloaded, and no code of it runs.
         options: how rows are read.
 
     Raises:
@@ -143,31 +144,15 @@ def list_files(source: str | Path | None) -> list[Path]:
     """
     if source is None:
         return sorted(BUNDLED.glob("*.jsonl"))
-    try:
-        path = Path(source).expanduser()
-    except RuntimeError:  # ~name of no user
-        path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return _list_row_files(path)
+    path = local_path(source)
+    if path.exists() or glob.has_magic(str(path)):
+        return list_row_files(path)
     if is_row_file(path) or isinstance(source, Path) or not _HUB_ID.fullmatch(source):
         raise ConversationError(
             f"{source} does not exist; a file ({', '.join(INPUT_SUFFIXES)}), a directory of them, or a hub "
             "data set such as owner/name was expected."
         )
-    return _list_row_files(_fetch(source))
-
-
-def _list_row_files(directory: Path) -> list[Path]:
-    files = [
-        path
-        for path in sorted(directory.rglob("*"))
-        if is_row_file(path) and path.is_file() and path.name not in _METADATA_FILES and not path.name.startswith(".")
-    ]
-    if not files:
-        raise ConversationError(f"{directory} has no file that ends in {', '.join(INPUT_SUFFIXES)}.")
-    return files
+    return list_row_files(_fetch(source))
 
 
 def _fetch(source: str) -> Path:
@@ -182,7 +167,7 @@ def _fetch(source: str) -> Path:
                 repo_type="dataset",
                 revision=revision or None,
                 allow_patterns=[f"*{suffix}" for suffix in INPUT_SUFFIXES],
-                ignore_patterns=list(_METADATA_FILES),
+                ignore_patterns=list(METADATA_FILES),
             )
         )
     except Exception as error:  # of the client, its HTTP library, or the OS

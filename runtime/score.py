@@ -21,7 +21,8 @@ an uninterrupted run.
 """
 
 EXAMPLES = """\
-input rows, in JSONL or JSON (also .gz), CSV or Parquet; - reads JSONL from standard input:
+input rows, in JSONL or JSON (also .gz and .zst), CSV or Parquet; a directory of such files is read in
+the order of their names, and so is a quoted pattern such as 'data/*.parquet'; - reads JSONL from standard input:
   {"prompt": "...", "chosen": "...", "rejected": "..."}      a pair; messages instead of text, or no prompt, as in TRL
   {"prompt": "...", "responses": ["...", "...", "..."]}      N responses to one prompt (best-of-N)
   {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}              one conversation
@@ -83,7 +84,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_rows(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("file", metavar="FILE", help="rows to score; - reads JSONL from standard input")
+    group.add_argument(
+        "file",
+        metavar="FILE",
+        help="rows to score: a file, a directory of files, a pattern, or - for JSONL on standard input",
+    )
     group.add_argument(
         "--truncate",
         action="store_true",

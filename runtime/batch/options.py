@@ -17,7 +17,7 @@ class ScoreOptions:
     """What to score, with which model and engine, and where to write.
 
     Attributes:
-        file: the input file, or ``-`` for JSONL on standard input.
+        file: the input file, a directory of files, a pattern of their names, or ``-`` for JSONL on standard input.
         output: the output file; None for standard output.
         model: directory or hub id; None for the embedded demo model.
         resume: continue a partly written `output`.
@@ -51,6 +51,11 @@ class ScoreOptions:
         if self.output is not None and self.output.suffix not in OUTPUT_SUFFIXES:
             raise ConfigurationError(
                 f"--output is {self.output}; a name that ends in {', '.join(OUTPUT_SUFFIXES)} was expected."
+            )
+        if self.output and Path(self.file).is_dir() and self.output.resolve().is_relative_to(Path(self.file).resolve()):
+            raise ConfigurationError(
+                f"--output is {self.output}, inside the directory of the input, where it would be read as input; "
+                "choose another directory."
             )
         if self.actors is not None and self.engine != "ray":
             raise ConfigurationError("--actors was given without --engine ray; add --engine ray or remove --actors.")

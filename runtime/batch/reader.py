@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from runtime.batch.row import InputRow
 from runtime.common.errors import ConversationError, JobError
 from runtime.conversations.rendering import Renderer
 from runtime.conversations.row_files import count_rows, read_jsonl_file, read_rows
+from runtime.conversations.row_sources import list_row_files
 from runtime.conversations.rows.context import RowOptions
 
 STANDARD_INPUT = "-"
@@ -30,36 +31,36 @@ class ScoreInput:
     def __init__(
         self,
         located_rows: Iterable[tuple[str, Any]],
-        path: Path | None = None,
+        files: Sequence[Path] = (),
         options: RowOptions | None = None,
     ):
         """Wrap rows that are in memory or being read.
 
         Args:
             located_rows: (location, row or ConversationError), as `runtime.conversations.row_files.read_rows` yields.
-            path: the file they come from, for `count`.
+            files: the files they come from, for `count`.
             options: how rows are read.
         """
         self._options = options
         self.formats: dict[str, str] = {}
         self._located_rows = iter(located_rows)
-        self._path = path
+        self._files = files
         self._digest = hashlib.sha256()
         self.rows = 0
 
     @classmethod
     def open(cls, source: str, options: RowOptions | None = None) -> ScoreInput:
-        """Open a file, or standard input as JSONL if `source` is ``-``.
+        """Open a file, a directory of files, a pattern of file names, or standard input as JSONL if `source` is ``-``.
 
         Raises:
-            ConversationError: the file does not exist or is not in the format of its suffix.
+            ConversationError: a file does not exist or is not in the format of its suffix, or there is none.
         """
         if source == STANDARD_INPUT:
             return cls(read_jsonl_file(sys.stdin.buffer, "stdin", keep_errors=True), options=options)
-        path = Path(source)
-        rows = read_rows(path, keep_errors=True)
+        files = list_row_files(source)
+        rows = chain.from_iterable(read_rows(file, keep_errors=True) for file in files)
         first = next(rows, None)  # so that an unreadable file fails here, before a model is loaded
-        return cls(rows if first is None else chain([first], rows), path, options)
+        return cls(rows if first is None else chain([first], rows), files, options)
 
     @property
     def digest(self) -> str:
@@ -68,7 +69,8 @@ class ScoreInput:
 
     def count(self) -> int | None:
         """Approximate total number of rows; None if counting would require parsing the file."""
-        return None if self._path is None else count_rows(self._path)
+        counts = [count_rows(file) for file in self._files]
+        return None if not counts or None in counts else sum(filter(None, counts))
 
     def __iter__(self) -> Iterator[InputRow]:
         return self

@@ -14,17 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime.common.errors import ConversationError
+from runtime.conversations.row_sources import INPUT_SUFFIXES, is_row_file
 from runtime.conversations.rows.recognise import EXAMPLE as PAIR_EXAMPLE
 from runtime.conversations.text_lines import decode_line, number_lines, read_lines, read_text
 
-INPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 _BATCH_ROWS = 64
 _LONGEST_CELL = 1 << 24  # characters; after an unclosed quotation mark the rest of the file is one cell
-
-
-def is_row_file(path: Path) -> bool:
-    """Whether the name ends in one of `INPUT_SUFFIXES`."""
-    return path.name.endswith(INPUT_SUFFIXES)
 
 
 def read_rows(path: Path, *, keep_errors: bool = False) -> Iterator[tuple[str, Any]]:
@@ -50,7 +45,7 @@ def read_rows(path: Path, *, keep_errors: bool = False) -> Iterator[tuple[str, A
             yield from _parquet_rows(path)
         elif path.name.endswith(".csv"):
             yield from _csv_rows(path, keep_errors)
-        elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        elif ".jsonl" in path.suffixes[-2:]:
             yield from _jsonl_rows(read_lines(path), keep_errors)
         else:
             yield from _json_rows(path, keep_errors)
@@ -59,7 +54,9 @@ def read_rows(path: Path, *, keep_errors: bool = False) -> Iterator[tuple[str, A
             f"{path} is not a complete gzip file ({error}); download or compress it again."
         ) from error
     except OSError as error:
-        raise ConversationError(f"{path} cannot be read: {error.strerror or error}.") from error
+        damaged = path.suffix == ".zst" and error.errno is None  # an error of the decompression
+        hint = "; download or compress it again" if damaged else ""
+        raise ConversationError(f"{path} cannot be read: {error.strerror or error}{hint}.") from error
 
 
 def read_jsonl_file(file: BinaryIO, name: str, *, keep_errors: bool = False) -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,8 +16,15 @@ LONGEST_FILE = 1 << 30  # bytes of a file that is read as a whole
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading bytes; one that ends in `.gz` is decompressed."""
-    return gzip.open(path) if path.name.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+    """Open a file for reading bytes; one that ends in `.gz` or `.zst` is decompressed."""
+    if path.suffix == ".gz":
+        return gzip.open(path)  # type: ignore[return-value]
+    file = open(path, "rb")  # noqa: SIM115  # the caller closes it
+    if path.suffix != ".zst":
+        return file
+    import pyarrow  # here because the import is slow and only .zst needs it
+
+    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), 1 << 20)
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:

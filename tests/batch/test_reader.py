@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Iterator
 
 import pytest
 
+from runtime.batch.options import ScoreOptions
 from runtime.batch.reader import WINDOW_ROWS, ScoreInput
-from runtime.common.errors import ConversationError, JobError
+from runtime.common.errors import ConfigurationError, ConversationError, JobError
 from runtime.conversations.rendering import Renderer
 from tests.helpers.tiny_score import assistant, mixed_rows, user, write_jsonl
 
@@ -109,5 +111,26 @@ def test_standard_input(monkeypatch):
 @pytest.mark.parametrize("name", ["none.jsonl", "rows.txt", "."])
 def test_a_file_that_cannot_be_read_shows_at_once(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConversationError, match="cannot be read|has no supported suffix"):
+    with pytest.raises(ConversationError, match="cannot be read|has no supported suffix|has no file"):
         ScoreInput.open(name)
+
+
+def test_a_directory_is_read_as_one_input(tmp_path, renderer):
+    for name, numbers in (("b.jsonl", (2, 3)), ("a.jsonl", (0, 1))):
+        lines = (json.dumps(talk(number)[1]) + "\n" for number in numbers)
+        (tmp_path / name).write_text("".join(lines))
+    for source in (tmp_path, f"{tmp_path}/*.jsonl"):
+        rows = ScoreInput.open(str(source))
+        assert rows.count() == 4
+        found = [row for window in windows(rows, renderer, 1) for row in window]
+        assert [(row.id, row.where) for row in found] == [
+            (0, "a.jsonl:1"), (1, "a.jsonl:2"), (2, "b.jsonl:1"), (3, "b.jsonl:2"),
+        ]  # fmt: skip
+    (tmp_path / "c.json").write_text("[]")
+    assert ScoreInput.open(str(tmp_path)).count() is None
+
+
+def test_an_output_inside_the_input_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="inside the directory of the input"):
+        ScoreOptions(str(tmp_path), output=tmp_path / "deep" / "scores.jsonl")
+    ScoreOptions(str(tmp_path), output=tmp_path.parent / "scores.jsonl")

@@ -103,7 +103,8 @@ def test_a_hub_data_set_is_fetched_without_its_scripts(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert len(load_rows("owner/name@main").pairs) == 1
     assert (asked["name"], asked["revision"], asked["repo_type"]) == ("owner/name", "main", "dataset")
-    assert all(re.fullmatch(r"\*\.(jsonl|json|csv|parquet)(\.gz)?", pattern) for pattern in asked["allow_patterns"])
+    allowed = re.compile(r"\*\.(jsonl|json|csv|parquet)(\.gz|\.zst)?")
+    assert all(map(allowed.fullmatch, asked["allow_patterns"]))
 
 
 def test_no_network_is_one_sentence_with_the_way_out(monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import random
 import tracemalloc
 
 import pyarrow
@@ -24,7 +25,11 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
 
 
 def write(path, content: bytes):
-    path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
+    if path.suffix == ".zst":
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
+            file.write(content)
+    else:
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
 
 
@@ -33,6 +38,7 @@ def write(path, content: bytes):
     [
         ("rows.jsonl", LINES),
         ("rows.jsonl.gz", LINES),
+        ("rows.jsonl.zst", LINES),
         ("rows.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n").rstrip()),
         ("rows.jsonl", b"\n \n" + LINES.replace(b"\n", b"\n\n")),
         ("rows.json", json.dumps(ROWS).encode()),
@@ -45,6 +51,7 @@ def write(path, content: bytes):
     ids=[
         "jsonl",
         "gz",
+        "zst",
         "bom",
         "blank",
         "array",
@@ -158,6 +165,16 @@ def test_a_cut_gzip_is_named(tmp_path, cut):
     path.write_bytes(gzip.compress(LINES * 50)[:cut])
     with pytest.raises(ConversationError, match="not a complete gzip file"):
         list(read_rows(path))
+
+
+def test_a_damaged_zstandard_file_is_named(tmp_path):
+    path = write(tmp_path / "rows.jsonl.zst", random.Random(0).randbytes(1 << 16).hex().encode())
+    for content in (path.read_bytes()[:1000], LINES):
+        path.write_bytes(content)
+        with pytest.raises(
+            ConversationError, match=r"rows.jsonl.zst cannot be read: .*; download or compress it again"
+        ):
+            list(read_rows(path))
 
 
 def test_text_under_a_gzip_name_is_named(tmp_path):
