@@ -36,13 +36,25 @@ def run_command(
     traceback. Ctrl-C and SIGTERM print `resume_hint(options)`, with status 130.
     """
     console = CommandConsole()
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
     try:
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and shells may ignore it
+            signal.signal(signal.SIGINT, interrupt)
         keep_freed_memory()
         options = parse(argv)
         try:
             return run(options, console)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Exception) as error:
+            # Extension modules may turn a KeyboardInterrupt that reaches them into an error of their own.
+            if not interrupted and not isinstance(error, KeyboardInterrupt):
+                raise
             console.print(f"stopped; {resume_hint(options)}")
             return STOPPED
     except KeyboardInterrupt:  # before the command began, or once more
@@ -71,7 +83,3 @@ def make_parser(module_command: str, description: str, epilog: str) -> argparse.
     return argparse.ArgumentParser(
         prog=name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -114,7 +114,7 @@ def read_policy_text(text: str, prompt: str | None = None, where: str = "") -> l
         prompt = _strip_leading_tokens(prompt)
         if prompt.strip() and text.startswith(prompt):
             turns, padded = _read_turns(prompt) or ([_plain_prompt(prompt, where)], False)
-            padded = padded or (turns[-1]["role"] == "assistant" and prompt.endswith("Assistant:"))
+            padded = padded or (prompt.endswith("Assistant:") and not turns[-1]["content"])
             return _append_response(turns, text[len(prompt) :].removeprefix(" " if padded else ""))
     found = _read_turns(text)
     if found is None:

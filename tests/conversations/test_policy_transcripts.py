@@ -180,3 +180,8 @@ def test_ends_that_are_not_at_the_end_take_no_time(end):
     """A million of them: what is quadratic here would take hours."""
     assert read_policy_text(chatml("").removesuffix("<|im_end|>") + end * 1_000_000 + "x")[-1]["content"][-1] == "x"
     assert read_policy_text(chatml("a") + end * 1_000_000)[-1]["content"] == "a"
+
+
+def test_a_response_keeps_its_space_after_a_turn_that_only_ends_like_a_plain_prompt():
+    prompt = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nAssistant:"
+    assert read_policy_text(prompt + " A", prompt)[-1]["content"] == "Assistant: A"
