@@ -16,6 +16,7 @@ from quantize.job.options import (
 from runtime.common.command import make_parser
 from runtime.common.errors import ConfigurationError
 from runtime.common.terminal import parse_size
+from runtime.options import ROW_ARGUMENTS, add_row_arguments, read_row_options
 
 DESCRIPTION = """\
 Quantize a WorldPM reward model and measure how far its scores move.
@@ -50,7 +51,9 @@ def parse(argv: list[str] | None = None) -> QuantizeOptions:
             f"--method {arguments.method} has {fixed} bits, but --bits is {arguments.bits:g}; drop --bits."
         )
     arguments.bits = fixed or arguments.bits or 4
-    return QuantizeOptions(**vars(arguments))
+    row_options = read_row_options(arguments)
+    values = {name: value for name, value in vars(arguments).items() if name not in ROW_ARGUMENTS}
+    return QuantizeOptions(**values, row_options=row_options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +122,7 @@ def _add_conversations(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="leave out longer conversations (default: the model's position limit); none is truncated",
     )
+    add_row_arguments(group)
     group.add_argument("--seed", type=int, default=0, help="seed of the row selection (default %(default)s)")
 
 

@@ -72,6 +72,9 @@ class ModelOptions:
         return Scorer(checkpoint, self.plan(checkpoint))
 
 
+ROW_ARGUMENTS = ("format", "columns", "lenient")
+
+
 def add_row_arguments(group: argparse._ArgumentGroup) -> None:
     """Add `--format`, `--columns` and `--lenient`."""
     group.add_argument(

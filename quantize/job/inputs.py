@@ -52,7 +52,7 @@ def read_inputs(options: QuantizeOptions) -> JobInputs:
         ConversationError: the conversations cannot be read or rendered, or there are too few of them.
         ConfigurationError: the model is already quantized, an option is invalid, or the plan does not fit the machine.
     """
-    rows = load_rows(options.calibration)  # before the checkpoint, which may have to be downloaded
+    rows = load_rows(options.calibration, options.row_options)  # before the checkpoint, which may have to be downloaded
     checkpoint = open_checkpoint(options.source)
     if checkpoint.quantization is not None:
         raise ConfigurationError(
@@ -78,7 +78,7 @@ def plan_from_config(options: QuantizeOptions) -> QuantizationPlan:
     _, model_config, _ = read_config(options.source)
     recipe, _ = _make_recipe(options, model_config, "", "")
     estimator = TokenEstimator(model_config.max_position_embeddings)
-    selected = _sample(load_rows(options.calibration), estimator, options, model_config)
+    selected = _sample(load_rows(options.calibration, options.row_options), estimator, options, model_config)
     token_counts = replace(_count_tokens(selected, recipe.token_budget), estimated=True)
     return _make_plan(model_config, recipe, token_counts)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.common.errors import ConfigurationError
+from runtime.conversations.rows.context import RowOptions
 
 METHODS = ("gptq", "nf4", "int8", "rtn")
 FIXED_BITS = {"nf4": 4, "int8": 8}
@@ -28,6 +29,7 @@ class QuantizeOptions:
         parity_pairs: number of held-out pairs; None for `DEMO_PARITY_PAIRS` or `PARITY_PAIRS`, or for as many as the
             data has.
         max_tokens: longer conversations are left out; None for the model's limit.
+        row_options: how the rows of `calibration` are read.
         ram_budget: host memory limit in bytes; None for what is available.
         min_agreement, max_shift: thresholds of the parity report; None for no threshold.
 
@@ -62,6 +64,7 @@ class QuantizeOptions:
     min_agreement: float | None
     max_shift: float | None
     json: bool
+    row_options: RowOptions = RowOptions()
 
     def __post_init__(self) -> None:
         for flag, count in (("--rows", self.rows), ("--parity-pairs", self.parity_pairs)):

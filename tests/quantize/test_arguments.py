@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -10,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from quantize.arguments import EXAMPLES, parse
+from quantize.job.inputs import plan_from_config
 from quantize.job.options import METHODS
 from quantize.solver.settings import GPTQSettings
-from runtime.common.errors import ConfigurationError
+from runtime.common.errors import ConfigurationError, ConversationError
+
+SHAPES = Path(__file__).parents[1] / "shapes_72b.json"
 
 
 def help_text(capsys: pytest.CaptureFixture[str]) -> str:
@@ -144,3 +148,20 @@ def test_the_defaults_are_the_solver_s_own():
     assert shared == settings.keys() - {"block_size", "nf4"}
     assert {name: options[name] for name in shared} == {name: settings[name] for name in shared}
     assert set(METHODS) == {"gptq", "nf4", "int8", "rtn"}
+
+
+def test_rows_of_other_names_are_calibrated_on(tmp_path: Path):
+    rows = [
+        {"q": f"Question {n}?", "good": f"The answer is {n}.", "bad": "No idea.", "chosen": n, "category": "a"}
+        for n in range(40)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model", str(SHAPES), "--calibration", str(file), "--rows", "4", "--dry-run"]
+    columns = ["--columns", "prompt=q,chosen=good,rejected=bad"]
+    plan = plan_from_config(parse([*given, *columns, "--format", "pair"]))
+    assert plan.token_counts.calibration_tokens > 20 and plan.token_counts.parity_tokens > 20
+    with pytest.raises(ConversationError, match="--columns"):
+        plan_from_config(parse(given))
+    with pytest.raises(ConfigurationError, match="--columns is 'q'"):
+        parse([*given, "--columns", "q"])
