@@ -311,6 +311,8 @@ class Test:
             log = os.open(self.work / "calls", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             self.library.arm(os.fsencode(self.root), fault.kind, fault.value, call, log)
             status = writer.run(self.root, again)
+            for number in (signal.SIGTERM, signal.SIGINT):  # the command has ended; a late signal is not for it
+                signal.signal(number, signal.SIG_IGN)
             self.library.arm(b"/nowhere", 0, 0, 0, -1)
             (self.work / "modules").write_text("\n".join(sys.modules))
             return status
