@@ -39,8 +39,7 @@ class Hessian:
         assert x.ndim == 2 and x.shape[1] == self.in_features, (tuple(x.shape), self.in_features)
         for start in range(0, len(x), TOKENS_AT_ONCE):
             rows = slice(start, start + TOKENS_AT_ONCE)
-            for left, right in _factors(x[rows], None if weights is None else weights[rows]):
-                _add_upper_panels(self._sum, left, right)
+            _add_upper_panels(self._sum, *_factors(x[rows], None if weights is None else weights[rows]))
         self._weight += len(x) if weights is None else weights.sum(dtype=torch.float64)
         self.tokens += len(x)
 
@@ -86,25 +85,16 @@ def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
             total.addmm_(left.float().T, right.float())
 
 
-def _factors(x: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pairs (left, right) of [T, K] whose products left^T right add up to sum_t w_t x_t x_t^T.
+def _factors(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (left, right) of [T, K] with left^T right = sum_t w_t x_t x_t^T.
 
-    bf16 tokens are first multiplied with weight 1 in bf16. If few tokens have another weight, these add the difference
-    in fp32. Otherwise x_t sqrt(w_t) is rounded to bf16, whose error averages out over the tokens.
+    bf16 tokens stay bf16: x_t sqrt(w_t) is rounded, whose error averages out over the tokens.
     """
     if x.dtype == torch.bfloat16:
-        heavy = torch.empty(0) if weights is None else (weights != 1).nonzero()[:, 0]
-        if weights is not None and 2 * len(heavy) > len(x):
-            scaled = (x * weights.sqrt()[:, None]).to(x.dtype)
-            yield scaled, scaled
-            return
-        yield x, x
-        if weights is not None:
-            few = x[heavy].float()
-            yield few * (weights[heavy, None] - 1), few
-    else:
-        x = x.float()
-        yield (x if weights is None else x * weights[:, None].float()), x
+        scaled = x if weights is None else (x * weights.sqrt()[:, None]).to(x.dtype)
+        return scaled, scaled
+    x = x.float()
+    return (x if weights is None else x * weights[:, None].float()), x
 
 
 def _add_upper_panels(total: Tensor, left: Tensor, right: Tensor) -> None:
