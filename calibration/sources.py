@@ -6,8 +6,6 @@ A malformed row is an error, because silently missing calibration data degrades 
 
 from __future__ import annotations
 
-import glob
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,12 +22,11 @@ from runtime.conversations.conversation import (
 )
 from runtime.conversations.row_files import read_rows
 from runtime.conversations.row_shapes import read_category
-from runtime.conversations.row_sources import INPUT_SUFFIXES, METADATA_FILES, is_row_file, list_row_files, local_path
+from runtime.conversations.row_sources import find_rows, list_row_files
 from runtime.conversations.rows.context import RowOptions
 from runtime.conversations.rows.recognise import read_row
 
 BUNDLED = Path(__file__).parent / "bundled"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -142,37 +139,4 @@ def list_files(source: str | Path | None) -> list[Path]:
     Raises:
         ConversationError: the source does not exist, cannot be downloaded, or has no suitable file.
     """
-    if source is None:
-        return sorted(BUNDLED.glob("*.jsonl"))
-    path = local_path(source)
-    if path.exists() or glob.has_magic(str(path)):
-        return list_row_files(path)
-    if is_row_file(path) or isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise ConversationError(
-            f"{source} does not exist; a file ({', '.join(INPUT_SUFFIXES)}), a directory of them, or a hub "
-            "data set such as owner/name was expected."
-        )
-    return list_row_files(_fetch(source))
-
-
-def _fetch(source: str) -> Path:
-    """Download the row files of a hub data set, without its loading script, and return the local directory."""
-    from huggingface_hub import snapshot_download  # here because the import is slow
-
-    name, _, revision = source.partition("@")
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                repo_type="dataset",
-                revision=revision or None,
-                allow_patterns=[f"*{suffix}" for suffix in INPUT_SUFFIXES],
-                ignore_patterns=list(METADATA_FILES),
-            )
-        )
-    except Exception as error:  # of the client, its HTTP library, or the OS
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise ConversationError(
-            f"the data set {source} is no local path and could not be downloaded from the hub ({reason}); on a machine "
-            f"with network access, run `hf download --repo-type dataset {name} --local-dir DIR`, and give DIR instead."
-        ) from error
+    return sorted(BUNDLED.glob("*.jsonl")) if source is None else list_row_files(find_rows(source))

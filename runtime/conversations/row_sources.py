@@ -1,8 +1,9 @@
-"""Find the files of a source of rows: one file, a directory of them, or a pattern such as `data/*.jsonl`."""
+"""Find the files of a source of rows: one file, a directory, a pattern such as `data/*.jsonl`, or a hub data set."""
 
 from __future__ import annotations
 
 import glob
+import re
 from pathlib import Path
 
 from runtime.common.errors import ConversationError
@@ -14,6 +15,8 @@ INPUT_SUFFIXES = (
 )
 METADATA_FILES = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")
 """Files that the `datasets` library writes beside the rows."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def is_row_file(path: Path) -> bool:
@@ -27,6 +30,31 @@ def local_path(source: str | Path) -> Path:
         return Path(source).expanduser()
     except RuntimeError:  # ~name of no user
         return Path(source)
+
+
+def find_rows(source: str | Path, names: str = "") -> str:
+    """The file, directory or pattern on this machine that `list_row_files` reads for a source.
+
+    Args:
+        source: a path or pattern, or a hub data set, ``owner/name`` or ``owner/name@revision``, which is downloaded.
+            Of a data set only row files are downloaded, and no code of it runs.
+        names: pattern of the names of the files that count, such as ``test-*.parquet``. A directory without such files
+            counts as a whole.
+
+    Raises:
+        ConversationError: the source does not exist or cannot be downloaded.
+    """
+    path = local_path(source)
+    if not path.exists() and not glob.has_magic(str(path)):
+        if is_row_file(path) or isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+            raise ConversationError(
+                f"{source} does not exist; a file ({', '.join(INPUT_SUFFIXES)}), a directory of them, or a hub "
+                "data set such as owner/name was expected."
+            )
+        path = _fetch(source, names)
+    if names and path.is_dir() and any(path.rglob(names)):
+        return f"{glob.escape(str(path))}/**/{names}"
+    return str(path)
 
 
 def list_row_files(source: str | Path) -> list[Path]:
@@ -51,3 +79,26 @@ def list_row_files(source: str | Path) -> list[Path]:
 
 def _has_rows(path: Path) -> bool:
     return is_row_file(path) and path.is_file() and path.name not in METADATA_FILES and not path.name.startswith(".")
+
+
+def _fetch(source: str, names: str) -> Path:
+    """Download the row files of a hub data set, without its loading script, and return the local directory."""
+    from huggingface_hub import snapshot_download  # here because the import is slow
+
+    name, _, revision = source.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                repo_type="dataset",
+                revision=revision or None,
+                allow_patterns=[f"*{names}"] if names else [f"*{suffix}" for suffix in INPUT_SUFFIXES],
+                ignore_patterns=list(METADATA_FILES),
+            )
+        )
+    except Exception as error:  # of the client, its HTTP library, or the OS
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ConversationError(
+            f"the data set {source} is no local path and could not be downloaded from the hub ({reason}); on a machine "
+            f"with network access, run `hf download --repo-type dataset {name} --local-dir DIR`, and give DIR instead."
+        ) from error

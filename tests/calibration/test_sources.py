@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from calibration import sources as conversations
 from calibration.sources import BUNDLED, ConversationRow, load_rows
 from runtime.common.errors import ConversationError
 from runtime.conversations.conversation import PreferencePair, top_category_of
@@ -87,7 +86,8 @@ def test_a_directory_without_rows_is_named(tmp_path):
 
 @pytest.mark.parametrize("source", ["nowhere/rows.jsonl", "rows", "/a/b", "../a", "a/b/c", "", "~/nowhere"])
 def test_what_is_neither_a_path_nor_a_hub_id_is_not_looked_up(source, monkeypatch):
-    monkeypatch.setattr(conversations, "_fetch", lambda name: pytest.fail(f"{name} was looked up"))
+    fetch = "runtime.conversations.row_sources._fetch"
+    monkeypatch.setattr(fetch, lambda name, _: pytest.fail(f"{name} was looked up"))
     with pytest.raises(ConversationError, match="does not exist|has no file"):
         load_rows(source or "''")
 

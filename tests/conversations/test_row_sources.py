@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runtime.common.errors import ConversationError
-from runtime.conversations.row_sources import list_row_files
+from runtime.conversations.row_sources import find_rows, list_row_files
 
 
 @pytest.fixture
@@ -42,3 +42,22 @@ def test_nothing_to_read_is_named(data):
     (data / "empty").mkdir()
     with pytest.raises(ConversationError, match="empty has no file that ends in .jsonl"):
         list_row_files(data / "empty")
+
+
+def test_of_a_directory_only_the_named_files_count_if_it_has_them(data):
+    assert names(list_row_files(find_rows(data, "c.*")), data) == ["deep/c.jsonl.gz"]
+    assert find_rows(data, "test-*.parquet") == str(data)
+    assert find_rows(str(data / "b.jsonl"), "c.*") == str(data / "b.jsonl")
+    odd = data / "[set] 1"
+    odd.mkdir()
+    (odd / "test-0.jsonl").touch()
+    assert names(list_row_files(find_rows(odd, "test-*")), odd) == ["test-0.jsonl"]
+
+
+def test_of_a_data_set_only_the_named_files_are_downloaded(data, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **arguments: asked.update(arguments) or str(data)
+    )
+    assert names(list_row_files(find_rows("owner/name@v1", "b.*")), data) == ["b.jsonl"]
+    assert (asked["allow_patterns"], asked["revision"]) == (["*b.*"], "v1")
