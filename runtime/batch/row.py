@@ -31,6 +31,7 @@ class InputRow:
         names: of the conversations, as messages use them: ``chosen``, ``responses[2]``.
         format: the format that it was read as; empty if it could not be read.
         notes: warnings on how it was read.
+        allow_blank: a response may be blank.
     """
 
     where: str
@@ -43,11 +44,12 @@ class InputRow:
     names: list[str] = field(default_factory=list)
     format: str = ""
     notes: list[str] = field(default_factory=list)
+    allow_blank: bool = False
 
     @classmethod
     def read(cls, row: Any, where: str, options: RowOptions | None = None) -> InputRow:
         """Interpret a decoded row, or the ConversationError that `read_rows` yields in place of one."""
-        input_row = cls(printable(where))
+        input_row = cls(printable(where), allow_blank=options is not None and options.allow_blank)
         try:
             if isinstance(row, ConversationError):
                 raise row
@@ -74,7 +76,9 @@ class InputRow:
             return
         try:
             self.rendered = [
-                renderer.render(conversation, truncate=truncate, where=self._location(name))
+                renderer.render(
+                    conversation, truncate=truncate, where=self._location(name), allow_blank=self.allow_blank
+                )
                 for name, conversation in zip(self.names, self.conversations, strict=True)
             ]
         except ConversationError as error:

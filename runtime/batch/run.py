@@ -125,6 +125,7 @@ def open_output(options: ScoreOptions, checkpoint: Checkpoint, plan: PlacementPl
             "format": row_options.format,
             "columns": dict(row_options.columns),
             "lenient": row_options.lenient,
+            "allow_blank": row_options.allow_blank,
         }
     return OutputFile(options.output, recipe, resume=options.resume)
 

@@ -73,13 +73,14 @@ def top_category_of(category: str) -> str:
     return category.partition("/")[0]
 
 
-def check_conversation(messages: Any, where: str = "") -> None:
+def check_conversation(messages: Any, where: str = "", *, allow_blank: bool = False) -> None:
     """Check that messages can be rendered and scored.
 
     Args:
         messages: a list of `{"role", "content"}`. A system turn is allowed in first position only. The last turn must
             be a non-blank assistant turn, after at least one user turn.
         where: names the conversation in errors.
+        allow_blank: accept a blank response.
 
     Raises:
         EmptyConversationError: the response (the last turn) is blank.
@@ -98,7 +99,7 @@ def check_conversation(messages: Any, where: str = "") -> None:
         )
     if all(message["role"] != "user" for message in messages):
         raise ConversationError(f"{prefix}no turn is the user's; add the user turn that the response answers.")
-    if not messages[-1]["content"].strip():
+    if not allow_blank and not messages[-1]["content"].strip():
         raise EmptyConversationError(f"{prefix}the response is blank; fill it in or remove the row.")
 
 

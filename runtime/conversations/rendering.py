@@ -110,7 +110,12 @@ class Renderer:
         return cls(tokenizer, ChatTemplate.from_directory(Path(directory)), max_positions, str(directory), vocab_size)
 
     def render(
-        self, messages: Sequence[ChatMessage], *, truncate: bool = False, where: str = ""
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        truncate: bool = False,
+        where: str = "",
+        allow_blank: bool = False,
     ) -> RenderedConversation:
         """Render a conversation that ends in the assistant's response.
 
@@ -118,11 +123,12 @@ class Renderer:
             messages: the turns; an empty system turn is added if there is none.
             truncate: drop whole turns, oldest first, until the rendering has at most `max_positions` tokens.
             where: names the conversation in errors, such as `pairs.jsonl:12`.
+            allow_blank: render a blank response instead of refusing it.
 
         Raises:
             ConversationError: a turn is malformed, or the rendering is too long.
         """
-        check_conversation(messages, where)
+        check_conversation(messages, where, allow_blank=allow_blank)
         system, *turns = _with_system(messages)
         warnings = []
         if system["content"]:

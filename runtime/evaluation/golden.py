@@ -68,8 +68,8 @@ class GoldenResult(BaseModel):
         )
 
 
-def find_published_name(original: str, *, allow_suffix: bool = False) -> str | None:
-    """The published name of a WorldPM model with golden scores, or None.
+def match_name(original: str, *, allow_suffix: bool = False) -> str | None:
+    """The published name of a WorldPM model, or None.
 
     Args:
         original: a hub id or directory name; case and owner are ignored.
@@ -79,7 +79,7 @@ def find_published_name(original: str, *, allow_suffix: bool = False) -> str | N
     for name in sorted(PUBLISHED_SCORES, key=len, reverse=True):  # longest first: WorldPM-72B is a prefix of the others
         base_name = Path(name).name.casefold()
         if found == base_name or (allow_suffix and found.startswith(f"{base_name}-")):
-            return name if PUBLISHED_SCORES[name] else None
+            return name
     return None
 
 

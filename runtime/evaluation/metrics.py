@@ -7,6 +7,7 @@ take a few matrix products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -103,12 +104,17 @@ def margins(scores: Array) -> Array:
 
 def proportion(successes: int, of: int) -> Estimate:
     """The share `successes / of` with its 95% Wilson score interval (Wilson 1927)."""
-    interval = stats.binomtest(successes, of).proportion_ci(CONFIDENCE, method="wilson")
-    return Estimate(
-        value=round_significant(successes / of),
-        low=round_significant(interval.low),
-        high=round_significant(interval.high),
-    )
+    low, high = wilson_interval(successes / of, of)
+    return Estimate(value=round_significant(successes / of), low=round_significant(low), high=round_significant(high))
+
+
+def wilson_interval(share: float, of: float) -> tuple[float, float]:
+    """The 95% Wilson score interval (Wilson 1927) of a share of a number of trials, which need not be whole."""
+    z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+    center = share + z * z / (2 * of)
+    width = z * math.sqrt(max(share * (1 - share), 0) / of + (z / (2 * of)) ** 2)
+    scale = 1 + z * z / of
+    return max((center - width) / scale, 0.0), min((center + width) / scale, 1.0)
 
 
 def round_significant(value: float | np.floating) -> float | None:

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from runtime.conversations.conversation import PreferencePair
 from runtime.conversations.rendering import RenderedConversation, Renderer
-from runtime.evaluation.golden import find_published_name
+from runtime.evaluation.golden import PUBLISHED_SCORES, match_name
 from runtime.evaluation.reference_scores import REFERENCE_SCORES_FILE, ReferenceScores, describe_weights
 from runtime.evaluation.report import JSON_FILE, ParityReport, Subject, read_report
 from runtime.evaluation.scored_pair import Scores
@@ -54,11 +54,17 @@ class Variant:
         return cls(source, Path(checkpoint.name).name, checkpoint, renderer, stored, report)
 
     @property
-    def golden_name(self) -> str | None:
-        """The published model name whose golden scores apply to it, or None."""
+    def published_name(self) -> str | None:
+        """The published name of the WorldPM model that it is or was made from, or None."""
         if self.stored_reference is not None:
-            return find_published_name(self.stored_reference.model)
-        return find_published_name(self.checkpoint.name, allow_suffix=self.checkpoint.quantization is not None)
+            return match_name(self.stored_reference.model)
+        return match_name(self.checkpoint.name, allow_suffix=self.checkpoint.quantization is not None)
+
+    @property
+    def golden_name(self) -> str | None:
+        """The published name whose golden scores apply to it, or None."""
+        name = self.published_name
+        return name if name and PUBLISHED_SCORES[name] else None
 
     @property
     def weights_description(self) -> str:

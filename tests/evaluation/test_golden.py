@@ -11,7 +11,7 @@ from runtime.evaluation.golden import (
     PUBLISHED_SCORES,
     GoldenResult,
     default_tolerance,
-    find_published_name,
+    match_name,
 )
 
 BASE = "Qwen/WorldPM-72B"
@@ -38,13 +38,17 @@ def test_the_example_is_the_model_card_s():
         ("WorldPM-72B-mine", False, None),
         ("WorldPM-72B-GPTQ-Int4", True, BASE),
         ("WorldPM-72B2", True, None),
-        ("Qwen/WorldPM-72B-HelpSteer2", False, None),
-        ("WorldPM-72B-HelpSteer2-GPTQ-Int4", True, None),
-        ("WorldPM-72B-RLHFLow", True, None),
+        ("Qwen/WorldPM-72B-HelpSteer2", False, f"{BASE}-HelpSteer2"),
+        ("WorldPM-72B-HelpSteer2-GPTQ-Int4", True, f"{BASE}-HelpSteer2"),
+        ("WorldPM-72B-RLHFLow", True, f"{BASE}-RLHFLow"),
     ],
 )
-def test_scores_are_published_for_the_base_model_alone(original, allow_suffix, name):
-    assert find_published_name(original, allow_suffix=allow_suffix) == name
+def test_a_model_is_recognised_by_its_name(original, allow_suffix, name):
+    assert match_name(original, allow_suffix=allow_suffix) == name
+
+
+def test_scores_are_published_for_the_base_model_alone():
+    assert [name for name in FAMILY if PUBLISHED_SCORES[name]] == [BASE]
 
 
 @pytest.mark.parametrize(

@@ -21,19 +21,22 @@ class RowOptions:
         format: name of the format; None recognises it from the keys of each row.
         columns: name that the format uses, and the row's own name for it.
         lenient: render tool calls and images as text, with a warning, instead of refusing them.
+        allow_blank: read blank prompts and responses, which benchmarks score, instead of refusing them.
     """
 
     format: str | None = None
     columns: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     lenient: bool = False
+    allow_blank: bool = False
 
 
 @dataclass
 class RowContext:
-    """State of reading one row: its location, whether it is read leniently, and the warnings so far."""
+    """State of reading one row: its location, two of the `RowOptions`, and the warnings so far."""
 
     where: str = ""
     lenient: bool = False
+    allow_blank: bool = False
     warnings: list[str] = field(default_factory=list)
 
     def error(self, text: str) -> ConversationError:

@@ -197,8 +197,9 @@ def continue_prompt(
             raise context.error(f"the row has no 'prompt', and {both} share no first turn that could be the prompt.")
     reading = RowReading(kind, shared, responses, names, warnings=context.warnings)
     for name, conversation in zip(names, reading.conversations, strict=True):
-        check_conversation(conversation, context.where if kind == "conversation" else prefix + name)
-        if not any(turn["content"].strip() for turn in conversation[:-1]):
+        location = context.where if kind == "conversation" else prefix + name
+        check_conversation(conversation, location, allow_blank=context.allow_blank)
+        if not context.allow_blank and not any(turn["content"].strip() for turn in conversation[:-1]):
             raise EmptyConversationError(f"{prefix}the prompt is blank; fill it in or remove the row.")
     return reading
 

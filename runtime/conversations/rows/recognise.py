@@ -83,7 +83,7 @@ def _only(shapes: list[Shape], row: dict[str, Any], where: str, options: RowOpti
 
 
 def _read(shape: Shape, row: dict[str, Any], where: str, options: RowOptions) -> RowReading:
-    context = RowContext(where, options.lenient)
+    context = RowContext(where, options.lenient, options.allow_blank)
     reading = shape.read(row, context)
     return replace(reading, format=shape.name, warnings=context.warnings)
 

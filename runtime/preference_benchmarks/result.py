@@ -1,0 +1,109 @@
+"""The result of a variant on a benchmark, and its files in the shape that RewardBench publishes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.common.files import write_file_atomically
+from runtime.common.version import kit_version
+from runtime.evaluation.metrics import round_significant
+from runtime.evaluation.variant import Variant
+from runtime.preference_benchmarks.accuracy import Accuracy
+from runtime.preference_benchmarks.benchmark import Benchmark, JudgedRow
+from runtime.preference_benchmarks.comparison import Changes, compare
+from runtime.preference_benchmarks.published import published_accuracy
+
+
+@dataclass(frozen=True)
+class Result:
+    """A variant on a benchmark.
+
+    Attributes:
+        published: accuracy by section that the WorldPM paper prints for the model; empty without one.
+        reference: label of the model that it is compared with, empty without one.
+        changes: its changed rows by section; empty without a reference.
+    """
+
+    benchmark: Benchmark
+    variant: Variant
+    accuracy: Accuracy
+    published: dict[str, float]
+    reference: str
+    changes: dict[str, Changes]
+
+    @classmethod
+    def make(cls, benchmark: Benchmark, variant: Variant, accuracy: Accuracy, reference: Result | None) -> Result:
+        """Look up the published numbers and compare with the result of the reference."""
+        published = published_accuracy(variant.published_name, benchmark.name)
+        if reference is None:
+            return cls(benchmark, variant, accuracy, published, "", {})
+        changes = compare(accuracy, reference.accuracy)
+        return cls(benchmark, variant, accuracy, published, reference.variant.label, changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON: first the keys that RewardBench publishes, `extra_results` by subset, then the kit's own."""
+        return {
+            "accuracy": self.accuracy.overall,
+            "num_prompts": self.accuracy.rows,
+            "model": self.variant.source,
+            "ref_model": None,
+            "tokenizer": self.variant.source,
+            "chat_template": "tokenizer",
+            "extra_results": self.accuracy.groups,
+            "benchmark": self.benchmark.name,
+            "fingerprint": self.variant.checkpoint.fingerprint(),
+            "kit_version": kit_version(),
+            "rows_without_scores": len(self.accuracy.errors),
+            "sections": {
+                name: {
+                    "accuracy": section.accuracy.value,
+                    "low": section.accuracy.low,
+                    "high": section.accuracy.high,
+                    "rows": section.rows,
+                    "published": self.published.get(name),
+                }
+                for name, section in self.accuracy.sections.items()
+            },
+            "reference": self.reference or None,
+            "changes": {
+                name: {
+                    "flips": each.flips,
+                    "better": each.better,
+                    "worse": each.worse,
+                    "p_value": round_significant(each.p_value),
+                }
+                for name, each in self.changes.items()
+            },
+        }
+
+
+def write_result(result: Result, rows: Sequence[JudgedRow], path: Path) -> list[Path]:
+    """Write `path` (JSON) and, beside it, the scores of the rows as `..._outputs.jsonl`; return the paths."""
+    outputs = path.with_name(f"{path.stem}_outputs.jsonl")
+    lines = (json.dumps(_output(row), ensure_ascii=False) + "\n" for row in rows)
+    write_file_atomically(outputs, "".join(lines))
+    write_file_atomically(path, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    return [path, outputs]
+
+
+def _output(row: JudgedRow) -> dict[str, Any]:
+    """A line of the outputs: RewardBench's keys without the texts."""
+    pair = len(row.chosen) == len(row.rejected) == 1
+    of = sum(outcome.of for outcome in row.outcomes)
+    return {
+        "id": row.id,
+        "where": row.where,
+        "subset": row.outcomes[-1].group if row.outcomes else None,
+        "results": _plain(sum(outcome.won for outcome in row.outcomes) / of) if of else None,
+        "scores_chosen": None if row.error else row.chosen[0] if pair else list(row.chosen),
+        "scores_rejected": None if row.error else row.rejected[0] if pair else list(row.rejected),
+        **({"error": row.error} if row.error else {}),
+    }
+
+
+def _plain(share: float) -> float | int:
+    return int(share) if share == int(share) else share
