@@ -54,7 +54,7 @@ class Benchmark:
     Attributes:
         name: for `--benchmark`.
         title: for tables.
-        needs: keys of a row beside those of its conversations.
+        needs: keys that every row has.
         judge: the outcomes of a row, from the row, its scores in the order of its conversations, and its location;
             raises a ConversationError for a value that it cannot use.
         sections: the weights of each section, from the comparisons of every group; the last section is the benchmark's

@@ -38,7 +38,7 @@ def sections(comparisons: Mapping[str, int]) -> dict[str, Weights]:
 JUDGE_BENCH = Benchmark(
     name="judgebench",
     title="JudgeBench",
-    needs=("source", "label"),
+    needs=("question", "response_A", "response_B", "source", "label"),
     judge=judge,
     sections=sections,
     source="ScalerLab/JudgeBench",

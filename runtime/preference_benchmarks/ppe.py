@@ -42,7 +42,7 @@ def sections(comparisons: Mapping[str, int]) -> dict[str, Weights]:
 HUMAN_PREFERENCE = Benchmark(
     name="ppe-human",
     title="PPE human preference",
-    needs=("winner",),
+    needs=("prompt", "response_1", "response_2", "winner"),
     judge=judge_preference,
     sections=sections,
     source="lmarena-ai/PPE-Human-Preference-V1",
@@ -53,7 +53,7 @@ CORRECTNESS_BENCHMARKS = tuple(
     Benchmark(
         name=f"ppe-{name}",
         title=f"PPE {title}",
-        needs=("scores", "sampled_conflict_pairs"),
+        needs=("prompt", "response_1", "response_2", "scores", "sampled_conflict_pairs"),
         judge=judge_correctness,
         sections=sections,
         source=f"lmarena-ai/PPE-{title}-Best-of-K",

@@ -61,8 +61,8 @@ class Result:
             "sections": {
                 name: {
                     "accuracy": section.accuracy.value,
-                    "low": section.accuracy.low,
-                    "high": section.accuracy.high,
+                    "low": section.accuracy.low and round_significant(section.accuracy.low),
+                    "high": section.accuracy.high and round_significant(section.accuracy.high),
                     "rows": section.rows,
                     "published": self.published.get(name),
                 }
@@ -93,17 +93,15 @@ def write_result(result: Result, rows: Sequence[JudgedRow], path: Path) -> list[
 def _output(row: JudgedRow) -> dict[str, Any]:
     """A line of the outputs: RewardBench's keys without the texts."""
     pair = len(row.chosen) == len(row.rejected) == 1
+    groups = [outcome.group for outcome in row.outcomes]
     of = sum(outcome.of for outcome in row.outcomes)
+    share = sum(outcome.won for outcome in row.outcomes) / of if of else None
     return {
         "id": row.id,
         "where": row.where,
-        "subset": row.outcomes[-1].group if row.outcomes else None,
-        "results": _plain(sum(outcome.won for outcome in row.outcomes) / of) if of else None,
+        "subset": None if not groups else groups[-1] if len(groups) == 1 else groups[-1].rpartition("/")[0],
+        "results": int(share) if share in (0, 1) else share,
         "scores_chosen": None if row.error else row.chosen[0] if pair else list(row.chosen),
         "scores_rejected": None if row.error else row.rejected[0] if pair else list(row.rejected),
         **({"error": row.error} if row.error else {}),
     }
-
-
-def _plain(share: float) -> float | int:
-    return int(share) if share == int(share) else share

@@ -71,7 +71,7 @@ def sections(comparisons: Mapping[str, int]) -> dict[str, Weights]:
 REWARD_BENCH = Benchmark(
     name="rewardbench",
     title="RewardBench",
-    needs=("subset",),
+    needs=("prompt", "chosen", "rejected", "subset"),
     judge=judge,
     sections=sections,
     source="allenai/reward-bench",

@@ -94,7 +94,7 @@ def _ties_id(row: Row, where: str) -> tuple[str, str]:
 REWARD_BENCH_2 = Benchmark(
     name="rewardbench-2",
     title="RewardBench 2",
-    needs=("subset", "num_correct", "id"),
+    needs=("prompt", "chosen", "rejected", "subset", "num_correct", "id"),
     judge=judge,
     sections=sections,
     source="allenai/reward-bench-2",

@@ -49,7 +49,7 @@ def sections(comparisons: Mapping[str, int]) -> dict[str, Weights]:
 RM_BENCH = Benchmark(
     name="rm-bench",
     title="RM-Bench",
-    needs=("domain",),
+    needs=("prompt", "chosen", "rejected", "domain"),
     judge=judge,
     sections=sections,
     source="THU-KEG/RM-Bench",

@@ -49,7 +49,7 @@ def sections(comparisons: Mapping[str, int]) -> dict[str, Weights]:
 RMB = Benchmark(
     name="rmb",
     title="RMB",
-    needs=("category_path",),
+    needs=("conversation_input", "category_path"),
     judge=judge,
     sections=sections,
     id_keys=("pair_uid", "bon_uid"),

@@ -96,13 +96,12 @@ def _judge(benchmark: Benchmark, row: Any, where: str, record: dict[str, Any] | 
 
 
 def _read(benchmark: Benchmark, row: Row, where: str) -> RowReading:
-    reading = read_row(row, where, _row_options(benchmark))
-    for key in benchmark.needs:
-        if row.get(key) is None:
-            raise ConversationError(
-                f"{where}: the row has no {key!r}, which every row of {benchmark.title} has; give a copy of it."
-            )
-    return reading
+    missing = [key for key in benchmark.needs if isinstance(row, dict) and row.get(key) is None]
+    if missing:
+        raise ConversationError(
+            f"{where}: the row has no {missing[0]!r}, which every row of {benchmark.title} has; give a copy of it."
+        )
+    return read_row(row, where, _row_options(benchmark))
 
 
 def _row_options(benchmark: Benchmark) -> RowOptions:

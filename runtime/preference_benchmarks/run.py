@@ -68,7 +68,8 @@ def run(options: EvaluateOptions, console: Console) -> int:
             model is loaded.
     """
     # 1. Open the models, the reference first, and check every row of every benchmark.
-    opened = open_variants([*([options.reference] if options.reference else []), *options.models])
+    others = [model for model in options.models if model != options.reference]
+    opened = open_variants([*([options.reference] if options.reference else []), *others])
     benchmarks = []
     for benchmark, source in options.benchmarks:
         rows = BenchmarkRows.check(benchmark, find_rows(source, benchmark.files))
