@@ -51,6 +51,7 @@ def parse(argv: list[str] | None = None) -> EvaluateOptions:
         reference=arguments.reference,
         output=arguments.output,
         resume=arguments.resume,
+        add_to_report=arguments.add_to_report,
         truncate=arguments.truncate,
         print_json=arguments.json,
         model_options=ModelOptions.from_arguments(arguments),
@@ -84,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("evaluation"), metavar="DIR", help="for the results (default: evaluation)"
     )
     parser.add_argument("--resume", action="store_true", help="use and continue the scores in --output")
+    parser.add_argument(
+        "--add-to-report",
+        action="store_true",
+        help="also add the results to the parity report (parity.json and parity.html) beside each local model",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as one JSON line on standard output")
     add_model_arguments(parser.add_argument_group("machine"))
     return parser

@@ -94,7 +94,8 @@ def test_every_import_is_declared_and_every_requirement_imported():
 def test_quantizing_and_scoring_need_no_serve_extra():
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({SERVE_ONLY}))\n"
-        "import quantize.run, quantize.export, runtime.score, runtime.parity, runtime.bench.__main__, runtime.trl"
+        "import quantize.run, quantize.export, runtime.score, runtime.parity, runtime.evaluate, runtime.trl, "
+        "runtime.bench.__main__"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 

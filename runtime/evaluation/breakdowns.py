@@ -29,6 +29,41 @@ _MARKDOWN_PATTERN = re.compile(
 )
 
 
+class BenchmarkSection(BaseModel):
+    """Accuracy in one section of a public benchmark.
+
+    Attributes:
+        published: what the WorldPM paper prints for the model; None without it.
+        reference_accuracy, flips, p_value: of the comparison with a reference; None without one. `p_value` is of
+            McNemar's exact test.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    rows: int
+    accuracy: Estimate
+    published: float | None = None
+    reference_accuracy: float | None = None
+    flips: int | None = None
+    p_value: float | None = None
+
+
+class BenchmarkAccuracy(BaseModel):
+    """The evaluation on a public benchmark, as `python -m runtime.evaluate` adds it to a report.
+
+    Attributes:
+        title: of the benchmark.
+        reference: label of the model that was compared with; empty without one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    title: str
+    reference: str
+    sections: list[BenchmarkSection]
+
+
 class GroupMetrics(BaseModel):
     """Metrics of one group of pairs.
 

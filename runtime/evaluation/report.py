@@ -18,7 +18,7 @@ from runtime.checkpoints.model_config import ModelConfig
 from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.common.errors import KitError
 from runtime.common.version import kit_version
-from runtime.evaluation.breakdowns import GroupMetrics
+from runtime.evaluation.breakdowns import BenchmarkAccuracy, GroupMetrics
 from runtime.evaluation.metrics import Estimate, ParityMetrics
 from runtime.evaluation.scored_pair import ScoredPair, ScoredPairWithTexts
 
@@ -140,6 +140,7 @@ class ParityReport(BaseModel):
         repair: how the score head was recalibrated; None if it was not.
         worst: the pairs whose margin changed most, with texts.
         scores: all pairs, without texts.
+        benchmarks: evaluations that were added later.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -162,11 +163,17 @@ class ParityReport(BaseModel):
     notes: list[str]
     worst: list[ScoredPairWithTexts]
     scores: list[ScoredPair]
+    benchmarks: list[BenchmarkAccuracy] = []
 
     @property
     def passed(self) -> bool:
         """Whether every threshold is met; True without thresholds."""
         return all(threshold.met for threshold in self.thresholds)
+
+    def with_benchmark(self, added: BenchmarkAccuracy) -> ParityReport:
+        """A copy with an evaluation in place of an earlier one on the same benchmark."""
+        others = [each for each in self.benchmarks if each.title != added.title]
+        return self.model_copy(update={"benchmarks": [*others, added]})
 
     def to_json(self) -> str:
         """The report as indented JSON; `read_report` restores it unchanged."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.common.files import write_file_atomically
 from runtime.common.version import kit_version
+from runtime.evaluation.breakdowns import BenchmarkAccuracy, BenchmarkSection
 from runtime.evaluation.metrics import round_significant
 from runtime.evaluation.variant import Variant
 from runtime.preference_benchmarks.accuracy import Accuracy
@@ -24,7 +25,7 @@ class Result:
 
     Attributes:
         published: accuracy by section that the WorldPM paper prints for the model; empty without one.
-        reference: label of the model that it is compared with, empty without one.
+        reference: the result of the model that it is compared with, if any.
         changes: its changed rows by section; empty without a reference.
     """
 
@@ -32,17 +33,15 @@ class Result:
     variant: Variant
     accuracy: Accuracy
     published: dict[str, float]
-    reference: str
+    reference: Result | None
     changes: dict[str, Changes]
 
     @classmethod
     def make(cls, benchmark: Benchmark, variant: Variant, accuracy: Accuracy, reference: Result | None) -> Result:
         """Look up the published numbers and compare with the result of the reference."""
         published = published_accuracy(variant.published_name, benchmark.name)
-        if reference is None:
-            return cls(benchmark, variant, accuracy, published, "", {})
-        changes = compare(accuracy, reference.accuracy)
-        return cls(benchmark, variant, accuracy, published, reference.variant.label, changes)
+        changes = compare(accuracy, reference.accuracy) if reference else {}
+        return cls(benchmark, variant, accuracy, published, reference, changes)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON: first the keys that RewardBench publishes, `extra_results` by subset, then the kit's own."""
@@ -68,7 +67,7 @@ class Result:
                 }
                 for name, section in self.accuracy.sections.items()
             },
-            "reference": self.reference or None,
+            "reference": self.reference and self.reference.variant.label,
             "changes": {
                 name: {
                     "flips": each.flips,
@@ -79,6 +78,26 @@ class Result:
                 for name, each in self.changes.items()
             },
         }
+
+    def to_report(self) -> BenchmarkAccuracy:
+        """The section of a parity report."""
+        sections = []
+        for name, section in self.accuracy.sections.items():
+            compared: dict[str, Any] = {}
+            if self.reference:
+                change = self.changes[name]
+                compared["reference_accuracy"] = self.reference.accuracy.sections[name].accuracy.value
+                compared |= {"flips": change.flips, "p_value": round_significant(change.p_value)}
+            found = BenchmarkSection(
+                name=name,
+                rows=section.rows,
+                accuracy=section.accuracy,
+                published=self.published.get(name),
+                **compared,
+            )
+            sections.append(found)
+        label = self.reference.variant.label if self.reference else ""
+        return BenchmarkAccuracy(title=self.benchmark.title, reference=label, sections=sections)
 
 
 def write_result(result: Result, rows: Sequence[JudgedRow], path: Path) -> list[Path]:

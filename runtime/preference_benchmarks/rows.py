@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.common.errors import ConversationError, JobError
+from runtime.common.errors import ConversationError, JobError, printable
 from runtime.conversations.row_files import read_rows
 from runtime.conversations.row_shapes import read_id
 from runtime.conversations.row_sources import list_row_files
@@ -38,17 +38,17 @@ class BenchmarkRows:
         """Read all rows once.
 
         Raises:
-            ConversationError: there is no row, or one lacks a key or has a value that the benchmark cannot use; the
+            ConversationError: no row counts, or one lacks a key or has a value that the benchmark cannot use; the
                 message names file, row and key.
         """
-        digest, count = hashlib.sha256(), 0
+        digest, judged = hashlib.sha256(), []
         for where, row in _located_rows(source):
-            _judge(benchmark, row, where, None)
+            judged.append(_judge(benchmark, row, where, None))
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-            count += 1
-        if not count:
-            raise ConversationError(f"{source} has no row; {benchmark.title} was expected.")
-        return cls(benchmark, source, count, digest.hexdigest())
+        if not any(row.outcomes for row in judged):
+            raise ConversationError(f"{source} has no row that counts; rows of {benchmark.title} were expected.")
+        benchmark.special_scores(judged)  # for its errors
+        return cls(benchmark, source, len(judged), digest.hexdigest())
 
     @property
     def row_options(self) -> RowOptions:
@@ -75,7 +75,8 @@ class BenchmarkRows:
 
 def _located_rows(source: str) -> Iterator[tuple[str, Any]]:
     for file in list_row_files(source):
-        yield from read_rows(file)
+        for where, row in read_rows(file):
+            yield printable(where), row  # as the scoring command names it
 
 
 def _judge(benchmark: Benchmark, row: Any, where: str, record: dict[str, Any] | None) -> JudgedRow:

@@ -11,9 +11,12 @@ from rich.console import Console
 
 from runtime.batch.options import ScoreOptions
 from runtime.batch.run import run as score_file
+from runtime.checkpoints.source import must_download
 from runtime.common.errors import ConfigurationError, JobError
 from runtime.common.files import write_file_atomically
 from runtime.conversations.row_sources import find_rows
+from runtime.evaluation.report import JSON_FILE, read_report
+from runtime.evaluation.report_files import write_report
 from runtime.evaluation.variant import Variant, open_variants
 from runtime.options import ModelOptions
 from runtime.preference_benchmarks.accuracy import measure
@@ -35,6 +38,7 @@ class EvaluateOptions:
         reference: the model that every variant is compared with; None compares nothing.
         output: directory of the results.
         resume: continue what an earlier run left in `output`.
+        add_to_report: also add the results to the parity report beside each model.
         truncate: drop the oldest turns of conversations that are too long; by default such a row counts as lost.
         print_json: print the results as one JSON line.
         model_options: devices, memory and dtype.
@@ -48,6 +52,7 @@ class EvaluateOptions:
     reference: str | None = None
     output: Path = Path("evaluation")
     resume: bool = False
+    add_to_report: bool = False
     truncate: bool = False
     print_json: bool = False
     model_options: ModelOptions = ModelOptions()
@@ -70,6 +75,7 @@ def run(options: EvaluateOptions, console: Console) -> int:
     # 1. Open the models, the reference first, and check every row of every benchmark.
     others = [model for model in options.models if model != options.reference]
     opened = open_variants([*([options.reference] if options.reference else []), *others])
+    reports = find_reports(opened) if options.add_to_report else {}
     benchmarks = []
     for benchmark, source in options.benchmarks:
         rows = BenchmarkRows.check(benchmark, find_rows(source, benchmark.files))
@@ -88,6 +94,8 @@ def run(options: EvaluateOptions, console: Console) -> int:
         print_results(found, rows.count, console)
         results += found
     console.print(f"wrote the results to {options.output}")
+    for directory in add_to_reports(results, reports):
+        console.print(f"added the results to the parity report in {directory}")
     if options.print_json:
         print(json.dumps([result.to_dict() for result in results]))
     return 0
@@ -133,6 +141,37 @@ def evaluate(rows: BenchmarkRows, variants: Sequence[Variant], options: Evaluate
         results.append(Result.make(rows.benchmark, variant, measure(rows.benchmark, judged), reference))
         write_result(results[-1], judged, path)
     return results
+
+
+def find_reports(variants: Sequence[Variant]) -> dict[str, Path]:
+    """The directory of each variant that has a parity report, by label.
+
+    Raises:
+        ConfigurationError: none has one that can be changed.
+        KitError: a report is damaged.
+    """
+    found = {}
+    for variant in variants:
+        directory = variant.checkpoint.directory
+        if (directory / JSON_FILE).is_file() and not must_download(variant.source):
+            read_report(directory / JSON_FILE)
+            found[variant.label] = directory
+    if not found:
+        raise ConfigurationError(
+            f"--add-to-report: no model is a local directory with a {JSON_FILE}; remove the option."
+        )
+    return found
+
+
+def add_to_reports(results: Sequence[Result], directories: dict[str, Path]) -> list[Path]:
+    """Add the results to the parity reports of their models; return the changed directories."""
+    for label, directory in directories.items():
+        report = read_report(directory / JSON_FILE)
+        for result in results:
+            if result.variant.label == label:
+                report = report.with_benchmark(result.to_report())
+        write_report(report, directory)
+    return list(directories.values())
 
 
 def _claim(path: Path, recipe: dict[str, object], *, resume: bool) -> None:

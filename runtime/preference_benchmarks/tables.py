@@ -18,8 +18,8 @@ def print_results(results: Sequence[Result], rows: int, console: Console) -> Non
     title = f"{results[0].benchmark.title}: accuracy in percent (95 % interval), {rows:,} rows"
     print_table(accuracy_table(results), console, title)
     compared = [result for result in results if result.reference]
-    if compared:
-        print_table(changes_table(compared), console, f"Rows that differ from {compared[0].reference}")
+    if compared and (reference := compared[0].reference):
+        print_table(changes_table(compared), console, f"Rows that differ from {reference.variant.label}")
     for result in results:
         if errors := result.accuracy.errors:
             console.print(f"{result.variant.label}: {len(errors):,} rows have no scores and count as lost:")

@@ -9,8 +9,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from runtime.evaluation.breakdowns import BenchmarkAccuracy, BenchmarkSection
 from runtime.evaluation.charts import Axis, block_chart, margin_scatter, score_scatter
 from runtime.evaluation.comparison import measure_parity
+from runtime.evaluation.metrics import Estimate
 from runtime.evaluation.report import BlockError, ParityReport, Subject, Thresholds, read_report
 from runtime.evaluation.report_files import render_html, render_junit, write_report
 from runtime.evaluation.scored_pair import ScoredPairWithTexts
@@ -50,7 +52,7 @@ def make_report(pairs: int = 12, text: str = "words", *, whole: bool = True, **l
         BlockError(block=index, mean_error=0.01 * index, max_error=0.03 * index, sqnr={text: 20.0 - index})
         for index in range(3)
     ]
-    return measure_parity(
+    report = measure_parity(
         rows,
         subject(text),
         block_errors=blocks if whole else (),
@@ -58,6 +60,21 @@ def make_report(pairs: int = 12, text: str = "words", *, whole: bool = True, **l
         notes=[text] if whole else (),
         thresholds=Thresholds(**limits),
     )
+    return report.with_benchmark(benchmark(text)) if whole else report
+
+
+def benchmark(text: str = "words", accuracy: float = 0.8125) -> BenchmarkAccuracy:
+    compared = BenchmarkSection(
+        name=text,
+        rows=10,
+        accuracy=Estimate(value=accuracy, low=0.5, high=0.9),
+        published=0.9888,
+        reference_accuracy=0.75,
+        flips=3,
+        p_value=0.0213,
+    )
+    alone = BenchmarkSection(name="Ties", rows=7, accuracy=Estimate(value=0.25))
+    return BenchmarkAccuracy(title=text, reference=text, sections=[compared, alone])
 
 
 class Page(HTMLParser):
@@ -146,6 +163,15 @@ def test_the_page_starts_with_what_was_compared():
     start = page.text[page.text.index("Can this variant") : page.text.index("Compared with the reference")]
     for answer in ("40 preference pairs", "plain bf16", "fp16 parity", "words", "4.25 bits per weight"):
         assert answer in start
+
+
+def test_a_later_evaluation_replaces_the_one_on_the_same_benchmark():
+    report = make_report(whole=False)
+    assert "Public benchmarks" not in render_html(report)
+    report = report.with_benchmark(benchmark("A", 0.5)).with_benchmark(benchmark("B")).with_benchmark(benchmark("A"))
+    assert [each.title for each in report.benchmarks] == ["B", "A"]
+    page = Page(render_html(report)).text
+    assert "81.2%" in page and "50.0% to 90.0%" in page and "98.9%" in page and "0.021" in page
 
 
 def test_dark_light_and_print_are_styled():

@@ -17,11 +17,15 @@ from scipy import stats
 from runtime.batch.output_file import OutputFile
 from runtime.common.errors import ConfigurationError
 from runtime.evaluate import main, parse
+from runtime.evaluation.comparison import measure_parity
+from runtime.evaluation.report import read_report
+from runtime.evaluation.report_files import write_report
 from runtime.preference_benchmarks.published import published_accuracy
 from runtime.scorer import Scorer
 from tests.helpers.benchmark_rows import ROWS
 from tests.helpers.interruption import raise_at_call
 from tests.helpers.processes import start_process
+from tests.helpers.scored import SUBJECT, pair
 from tests.helpers.tiny import write_tiny_checkpoint
 from tests.helpers.tiny_score import read_jsonl, write_jsonl
 
@@ -123,6 +127,26 @@ def test_the_paper_s_numbers_stand_beside_those_of_its_models(tiny_checkpoint, d
     sections = result(tmp_path / "out", "rewardbench", model)["sections"]
     assert sections["Reasoning"]["published"] == 0.9822 and sections["all rows"]["published"] is None
     assert published_accuracy("Qwen/WorldPM-72B", "rewardbench") == published_accuracy(None, "rmb") == {}
+
+
+def test_results_are_added_to_the_parity_report(tiny_checkpoint, data, tmp_path, capfd):
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "packed")
+    pairs = [pair((1.0, 0.0), (0.5, 0.25), id=str(number)) for number in range(3)]
+    write_report(measure_parity(pairs, SUBJECT), model)
+    command = arguments([model], data, tmp_path / "out", "judgebench", "rmb")
+    command += ["--reference", str(tiny_checkpoint), "--add-to-report"]
+    for resume in ([], ["--resume"]):
+        assert main([*command, *resume]) == 0
+        report = read_report(model / "parity.json")
+        assert [each.title for each in report.benchmarks] == ["JudgeBench", "RMB"]
+    overall = report.benchmarks[0].sections[-1]
+    assert (overall.name, overall.rows, overall.flips, overall.p_value) == ("overall", 12, 0, 1.0)
+    assert overall.accuracy.value == overall.reference_accuracy
+    assert "Public benchmarks" in (model / "parity.html").read_text()
+    assert len(report.scores) == 3
+    (model / "parity.json").unlink()
+    assert main([*command, "--resume"]) == 2
+    assert "--add-to-report: no model is a local directory with a parity.json" in capfd.readouterr().err
 
 
 def test_a_row_that_is_too_long_is_lost_and_told(tiny_checkpoint, tmp_path, capfd):

@@ -102,14 +102,7 @@ def test_a_value_that_the_rule_cannot_use_is_named(tmp_path, name, change, messa
 def test_ties_without_their_reference_form_are_refused(tmp_path):
     rows = [row for row in ROWS["rewardbench-2"](9) if not row["id"].startswith("ref")]
     with pytest.raises(ConversationError, match="Ties: no prompt has a ref and a tied row"):
-        BENCHMARKS["rewardbench-2"].special_scores(
-            check("rewardbench-2", rows, tmp_path).judge(
-                write_jsonl(
-                    tmp_path / "scores.jsonl",
-                    [{"where": f"rows.jsonl:{line}", "error": "none"} for line in range(1, len(rows) + 1)],
-                )
-            )
-        )
+        check("rewardbench-2", rows, tmp_path)
 
 
 def test_scores_of_other_rows_are_refused(tmp_path):
@@ -119,9 +112,11 @@ def test_scores_of_other_rows_are_refused(tmp_path):
         found.judge(scores)
 
 
-def test_no_row_at_all_is_refused(tmp_path):
-    with pytest.raises(ConversationError, match="has no row; RewardBench was expected"):
+def test_rows_of_which_none_counts_are_refused(tmp_path):
+    with pytest.raises(ConversationError, match="has no row that counts; rows of RewardBench were expected"):
         check("rewardbench", [], tmp_path)
+    with pytest.raises(ConversationError, match="has no row that counts"):
+        check("ppe-human", [row for row in ROWS["ppe-human"](12) if row["winner"] == "tie"], tmp_path)
 
 
 def test_a_blank_response_is_scored(tmp_path):
