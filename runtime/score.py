@@ -27,8 +27,8 @@ the order of their names, and so is a quoted pattern such as 'data/*.parquet'; -
   {"prompt": "...", "responses": ["...", "...", "..."]}      N responses to one prompt (best-of-N)
   {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}              one conversation
   and the formats of many data sets, listed in docs/scoring.md; the run says which one it took.
-  `id` and `category` are copied to the output; other keys are ignored. CSV has the text columns prompt, chosen and
-  rejected, or prompt and response.
+  `id` and `category` are copied to the output; other keys are ignored. CSV has any of these formats whose keys hold
+  text, such as prompt,chosen,rejected or prompt,response.
 
 output row:
   where                       location of the input row, such as pairs.jsonl:12; then its id and category

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -58,11 +58,12 @@ class OutputWriter(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def write(self, records: Sequence[OutputRecord], input_digest: str) -> None:
+    def write(self, records: Sequence[OutputRecord], input_digest: str, formats: Mapping[str, str]) -> None:
         """Append a window.
 
         Args:
             input_digest: digest of the input up to the last of these rows.
+            formats: the formats of the rows read so far, each with the location of its first row.
 
         Raises:
             OSError: the write failed; the window is not counted in `state`.
@@ -129,8 +130,8 @@ class OutputFile:
         """Close and unlock the file. The rows written so far can be resumed."""
         self._file.close()
 
-    def write(self, records: Sequence[OutputRecord], input_digest: str) -> None:
-        latest = self.state.with_records(records, input_digest)
+    def write(self, records: Sequence[OutputRecord], input_digest: str, formats: Mapping[str, str]) -> None:
+        latest = self.state.with_records(records, input_digest, formats)
         length = self._append(self._encode(records))
         with naming(self._rows_path):
             os.fsync(self._file.fileno())
@@ -227,14 +228,14 @@ class StandardOutput:
     ) -> None:
         pass
 
-    def write(self, records: Sequence[OutputRecord], input_digest: str) -> None:
+    def write(self, records: Sequence[OutputRecord], input_digest: str, formats: Mapping[str, str]) -> None:
         try:
             self._stream.write(encode_jsonl(records))
             self._stream.flush()
         except OSError as error:
             error.filename = "standard output"
             raise
-        self.state = self.state.with_records(records, input_digest)
+        self.state = self.state.with_records(records, input_digest, formats)
 
     def finish(self) -> None:
         pass

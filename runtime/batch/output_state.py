@@ -7,8 +7,8 @@ written by a killed run and are cut off on resuming. A finished output has no su
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class OutputState:
         bytes: length of the output with these rows.
         sha256: digest of these bytes.
         input: digest of the input rows read for them.
+        formats: the formats that were recognised, each with the location of its first row.
     """
 
     recipe: dict[str, Any]
@@ -42,6 +43,7 @@ class OutputState:
     bytes: int = 0
     sha256: str = ""
     input: str = ""
+    formats: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, output: Path) -> OutputState | None:
@@ -66,7 +68,9 @@ class OutputState:
         """Write the state of `output` atomically."""
         write_file_atomically(progress_path(output), json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
 
-    def with_records(self, records: Sequence[OutputRecord], input_digest: str) -> OutputState:
+    def with_records(
+        self, records: Sequence[OutputRecord], input_digest: str, formats: Mapping[str, str]
+    ) -> OutputState:
         """A copy that also counts `records`; `bytes` and `sha256` stay as they are."""
         return replace(
             self,
@@ -74,6 +78,7 @@ class OutputState:
             errors=self.errors + sum("error" in record for record in records),
             tokens=self.tokens + sum(sum(record.get("tokens", ())) for record in records),
             input=input_digest,
+            formats=dict(formats),
         )
 
     def check_recipe(self, recipe: dict[str, Any], output: Path) -> None:

@@ -43,6 +43,8 @@ class ScoreInput:
         """
         self._options = options
         self.formats: dict[str, str] = {}
+        self._formats_of_file: set[str] = set()
+        self._notes: list[str] = []
         self._located_rows = iter(located_rows)
         self._files = files
         self._digest = hashlib.sha256()
@@ -58,9 +60,11 @@ class ScoreInput:
         if source == STANDARD_INPUT:
             return cls(read_jsonl_file(sys.stdin.buffer, "stdin", keep_errors=True), options=options)
         files = list_row_files(source)
-        rows = chain.from_iterable(read_rows(file, keep_errors=True) for file in files)
-        first = next(rows, None)  # so that an unreadable file fails here, before a model is loaded
-        return cls(rows if first is None else chain([first], rows), files, options)
+        rows = cls((), files, options)
+        located_rows = chain.from_iterable(map(rows._read_file, files))
+        first = next(located_rows, None)  # so that an unreadable file fails here, before a model is loaded
+        rows._located_rows = located_rows if first is None else chain([first], located_rows)
+        return rows
 
     @property
     def digest(self) -> str:
@@ -80,9 +84,17 @@ class ScoreInput:
         input_row = InputRow.read(row, where, self._options)
         if input_row.format:
             self.formats.setdefault(input_row.format, input_row.where)
+            if input_row.format not in self._formats_of_file:
+                self._formats_of_file.add(input_row.format)
+                self._notes.append(f"{input_row.where}: the format is {input_row.format}")
         self._digest.update(input_row.canonical())
         self.rows += 1
         return input_row
+
+    def take_notes(self) -> list[str]:
+        """Notes on the formats that were recognised since the last call: one for each file and format."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def skip(self, rows: int, digest: str) -> None:
         """Skip rows that an earlier run scored.
@@ -128,3 +140,7 @@ class ScoreInput:
                 window, filled = [], 0
         if window:
             yield window
+
+    def _read_file(self, file: Path) -> Iterator[tuple[str, Any]]:
+        self._formats_of_file = set()
+        yield from read_rows(file, keep_errors=True)

@@ -143,19 +143,16 @@ def score_rows(
     Raises:
         ConversationError: a row cannot be scored, and `options.strict` is set.
     """
-    told: set[str] = set()
     windows = rows.windows(engine.renderer, tokens=window_tokens, truncate=options.truncate, strict=options.strict)
     with closing(engine.score_windows((window, rows.digest) for window in windows)) as scored:
         for records, digest in scored:
-            for name, where in rows.formats.items():
-                if name not in told:
-                    told.add(name)
-                    progress.print_note(f"{where}: the format is {name}")
+            for note in rows.take_notes():
+                progress.print_note(note)
             for error in (record["error"] for record in records if "error" in record):
                 if options.strict:
                     raise ConversationError(error)
                 progress.print_error(error)
-            output.write(records, digest)
+            output.write(records, digest, rows.formats)
             progress.update(output.state)
 
 
@@ -178,6 +175,7 @@ def print_summary(
             "errors": state.errors,
             "tokens": state.tokens,
             "rows_before": rows_before,
+            "formats": state.formats,
             "seconds": round(seconds, 3),
         } | {name: round(rate, 2) for name, rate in rates.items()}
         print(json.dumps(summary), file=sys.stdout if options.output else sys.stderr)

@@ -26,7 +26,7 @@ def read_rows(path: Path, *, keep_errors: bool = False) -> Iterator[tuple[str, A
     """Yield (location, row) for every row of a file; a location is ``pairs.jsonl:12`` or ``pairs.parquet row 12``.
 
     JSONL, CSV and Parquet are streamed. A JSON array, or an object of columns, is read into memory. JSONL in a `.json`
-    file is recognised. Blank lines are skipped. CSV needs a header; its `response` column is one response to `prompt`.
+    file is recognised. Blank lines are skipped. CSV needs a header; its cells are text.
 
     Args:
         path: ends in one of `INPUT_SUFFIXES`.
@@ -170,17 +170,18 @@ def _csv_rows(path: Path, keep_errors: bool) -> Iterator[tuple[str, Any]]:
     lines = csv.reader((decode_line(line, where) for where, line in read_lines(path)), strict=True)
     try:
         header = [name.strip() for name in next(lines, [])]
-        if "prompt" not in header or not {"chosen", "response"} & set(header):
+        if not any(header) or len(set(header)) < len(header):
             raise ConversationError(
-                f"{path.name}:1: the columns are {', '.join(header)[:200] or 'none'}; the first line must name "
-                "prompt, chosen and rejected, or prompt and response."
+                f"{path.name}:1: the columns are {', '.join(header)[:200] or 'none'}; the first line must name each "
+                "column once, such as prompt,chosen,rejected."
             )
         while True:
             where = f"{path.name}:{lines.line_num + 1}"  # a row may span lines; it is placed at its first
             if (cells := next(lines, None)) is None:
                 break
             if len(cells) == len(header):
-                yield where, _csv_row(dict(zip(header, cells, strict=True)))
+                row = dict(zip(header, cells, strict=True))
+                yield where, row if row.get("id") else {name: cell for name, cell in row.items() if name != "id"}
             elif cells:
                 row_error = ConversationError(
                     f"{where}: the row has {len(cells)} cells but {len(header)} columns; quote cells that contain "
@@ -193,16 +194,6 @@ def _csv_rows(path: Path, keep_errors: bool) -> Iterator[tuple[str, Any]]:
         raise ConversationError(
             f"{path.name}:{lines.line_num}: not CSV ({error}); fix the quotation marks there or before it."
         ) from None
-
-
-def _csv_row(cells: dict[str, str]) -> dict[str, Any]:
-    """The row of a line. Empty cells are dropped, except in the columns of the prompt and the responses."""
-    texts = ("prompt", "chosen", "rejected", "response")
-    row: dict[str, Any] = {name: cell for name, cell in cells.items() if cell and name not in texts}
-    if "response" in cells and not cells.get("chosen"):
-        turns = {"user": cells["prompt"], "assistant": cells["response"]}
-        return row | {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
-    return row | {name: cells[name] for name in texts[:3] if name in cells}
 
 
 def _parquet_values(column: Any) -> list[Any]:

@@ -28,11 +28,16 @@ def fill(path: Path, windows=WINDOWS, *, resume: bool = False, finish: bool = Tr
     """Write `windows`; without `finish`, as a process leaves it that was killed after them."""
     file = begin(path, resume=resume)
     for number, window in enumerate(windows):
-        file.write(window, input_digest=f"digest {number}")
+        file.write(window, input_digest=f"digest {number}", formats={"pair": "f:1"})
     if finish:
         with file:
             file.finish()
     file.close()
+
+
+def test_the_progress_record_names_the_formats_of_the_rows(tmp_path):
+    fill(tmp_path / "out.jsonl", finish=False)
+    assert json.loads((tmp_path / "out.jsonl.progress.json").read_text())["formats"] == {"pair": "f:1"}
 
 
 def kill_before_first_window(path: Path, **changes) -> None:
@@ -183,7 +188,7 @@ def test_two_runs_do_not_mix(path):
     with begin(path) as first:
         with pytest.raises(JobError, match="in use by another run"):
             begin(path, resume=True)
-        first.write(WINDOWS[0], "digest")
+        first.write(WINDOWS[0], "digest", {})
         with pytest.raises(JobError, match="in use by another run"):
             begin(path)
 
@@ -238,7 +243,7 @@ def test_a_disk_that_fails_is_told_with_the_file(path, monkeypatch, call):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError) as caught:
         patch.setattr(os, call, fail)
         with begin(path) as file:
-            file.write(WINDOWS[0], "digest")
+            file.write(WINDOWS[0], "digest", {})
     assert str(path.parent / path.name.split(".")[0]) in caught.value.filename
 
 
@@ -270,9 +275,9 @@ def test_a_full_disk_keeps_what_counts_and_says_how_to_go_on(path, whole, monkey
         ),
         file,
     ):
-        file.write(WINDOWS[0], "digest")
+        file.write(WINDOWS[0], "digest", {})
         monkeypatch.setattr(Disk, "free", False)
-        file.write(WINDOWS[1], "digest")
+        file.write(WINDOWS[1], "digest", {})
     monkeypatch.undo()
     fill(path, WINDOWS[1:], resume=True)
     assert path.read_bytes() == whole
@@ -284,9 +289,9 @@ def test_a_disk_too_full_for_the_progress_keeps_the_window_before(path, whole, m
 
     file = begin(path)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(JobError, match="The 3 rows"), file:
-        file.write(WINDOWS[0], "digest")
+        file.write(WINDOWS[0], "digest", {})
         patch.setattr("runtime.batch.output_state.write_file_atomically", fail)
-        file.write(WINDOWS[1], "digest")
+        file.write(WINDOWS[1], "digest", {})
     assert json.loads(progress_path(path).read_text())["rows"] == 3
     fill(path, WINDOWS[1:], resume=True)
     assert path.read_bytes() == whole
@@ -301,7 +306,7 @@ def test_parquet_that_could_not_be_put_together_is_tried_again(tmp_path, monkeyp
     with pytest.MonkeyPatch.context() as patch, pytest.raises(JobError, match="The 3 rows in .*partial.jsonl are kept"):
         patch.setattr("runtime.batch.output_file.write_parquet", fail)
         with begin(path) as file:
-            file.write(WINDOWS[0], "digest")
+            file.write(WINDOWS[0], "digest", {})
             file.finish()
     assert not path.exists()
     fill(path, [], resume=True)

@@ -126,6 +126,9 @@ def test_a_directory_is_read_as_one_input(tmp_path, renderer):
         assert [(row.id, row.where) for row in found] == [
             (0, "a.jsonl:1"), (1, "a.jsonl:2"), (2, "b.jsonl:1"), (3, "b.jsonl:2"),
         ]  # fmt: skip
+        notes = ["a.jsonl:1: the format is messages", "b.jsonl:1: the format is messages"]
+        assert rows.take_notes() == notes and not rows.take_notes()
+        assert rows.formats == {"messages": "a.jsonl:1"}
     (tmp_path / "c.json").write_text("[]")
     assert ScoreInput.open(str(tmp_path)).count() is None
 

@@ -128,7 +128,8 @@ def test_standard_input_to_standard_output(tiny_checkpoint, rows_file, scored, m
     printed = [json.loads(line) for line in out.decode().splitlines()]
     assert [record.get("scores") for record in printed] == [record.get("scores") for record in scored]
     assert [record["where"] for record in printed] == [f"stdin:{n}" for n in range(1, len(ROWS) + 1)]
-    assert json.loads(err.splitlines()[-1])["rows"] == len(ROWS)
+    summary = json.loads(err.splitlines()[-1])
+    assert summary["rows"] == len(ROWS) and set(summary["formats"]) == {"pair", "responses", "messages"}
 
 
 def test_an_empty_input_is_an_empty_output(tiny_checkpoint, tmp_path, capfd):

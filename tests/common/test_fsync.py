@@ -80,7 +80,7 @@ def test_a_window_of_an_output(recorder, tmp_path, name):
     with OutputFile(path, {"model": "f00d"}, resume=False) as file:
         for number in range(2):
             recorder.events.clear()
-            file.write([{"where": f"f:{number}", "score": 0.5}], "digest")
+            file.write([{"where": f"f:{number}", "score": 0.5}], "digest", {})
             counted = recorder.rename_index(progress_path(path))
             assert Event("fsync", rows, rows.read_bytes()) in recorder.events[:counted]
 

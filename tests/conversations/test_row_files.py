@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from runtime.common.errors import ConversationError
 from runtime.conversations import text_lines
 from runtime.conversations.row_files import count_rows, read_jsonl_file, read_rows
+from runtime.conversations.rows.context import RowOptions
+from runtime.conversations.rows.recognise import read_row
 
 ROWS = [
     {"prompt": "Why?", "chosen": "Because…", "rejected": "\u2028no", "category": "a"},
@@ -220,28 +222,38 @@ def test_csv_gives_the_cells_that_were_written(tmp_path_factory, rows):
     assert [tuple(row.values()) for _, row in read_rows(path)] == rows
 
 
-def test_csv_of_responses_is_conversations(tmp_path):
-    path = write(tmp_path / "rows.csv", b"\xef\xbb\xbfid, prompt,response\r\n1,Q,A\r\n\r\n,Q,\r\n")
+def test_csv_cells_are_texts_of_any_columns(tmp_path):
+    path = write(tmp_path / "rows.csv", b"\xef\xbb\xbfid, query,response\r\n1,Q,A\r\n\r\n,Q,\r\n")
     (first, one), (second, two) = read_rows(path)
     assert (first, second) == ("rows.csv:2", "rows.csv:4")
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    assert one == {"id": "1", "messages": turns}
-    assert two["messages"][1]["content"] == "" and "id" not in two
+    assert one == {"id": "1", "query": "Q", "response": "A"}
+    assert two == {"query": "Q", "response": ""}  # without an id
 
 
 def test_csv_with_both_kinds_of_columns_goes_by_the_row(tmp_path):
     path = write(tmp_path / "rows.csv", b"prompt,chosen,rejected,response\nQ,a,b,\nQ,,,c\n")
-    pair, single = (row for _, row in read_rows(path))
-    assert pair == {"prompt": "Q", "chosen": "a", "rejected": "b"}
-    assert [message["content"] for message in single["messages"]] == ["Q", "c"]
+    pair, single = (read_row(row) for _, row in read_rows(path))
+    assert pair.format == "pair" and single.format == "prompt-response"
+    assert [turn["content"] for turn in single.conversations[0]] == ["Q", "c"]
+
+
+def test_csv_columns_are_renamed_and_numbers_in_cells_are_verdicts(tmp_path):
+    path = write(tmp_path / "rows.csv", b"frage,gut,schlecht\nQ,a,b\n")
+    columns = RowOptions(columns={"prompt": "frage", "chosen": "gut", "rejected": "schlecht"})
+    (reading,) = (read_row(row, options=columns) for _, row in read_rows(path))
+    assert [each[-1]["content"] for each in reading.conversations] == ["a", "b"]
+    safe = write(tmp_path / "safe.csv", b"prompt,response_0,response_1,better_response_id\nQ,a,b,1\n")
+    steer = write(tmp_path / "steer.csv", b"prompt,response_1,response_2,preference_strength\nQ,a,b,2\n")
+    for file in (safe, steer):
+        (reading,) = (read_row(row) for _, row in read_rows(file))
+        assert [each[-1]["content"] for each in reading.conversations] == ["b", "a"]
 
 
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
         (b"", "rows.csv:1: the columns are none"),
-        (b"a,b\n1,2\n", "the columns are a, b"),
-        (b"prompt,other\nQ,A\n", "the columns are prompt, other"),
+        (b"a,b,a\n1,2,3\n", "the columns are a, b, a; the first line must name each column once"),
         (b"prompt,response\nQ,A,more\n", "rows.csv:2: the row has 3 cells but 2 columns"),
         (b'prompt,response\nQ,"A\n', "rows.csv:2: not CSV"),
         (b"prompt,response\nQ,\xff\n", "rows.csv:2: byte 3 of the line, 0xff"),
@@ -255,7 +267,7 @@ def test_csv_faults_name_their_line(tmp_path, content, fault):
 def test_a_csv_row_with_too_many_cells_can_be_kept_as_a_fault(tmp_path):
     path = write(tmp_path / "rows.csv", b"prompt,response\nQ,A,more\nQ,A\n")
     fault, row = (row for _, row in read_rows(path, keep_errors=True))
-    assert isinstance(fault, ConversationError) and row["messages"][1]["content"] == "A"
+    assert isinstance(fault, ConversationError) and row["response"] == "A"
 
 
 def test_a_csv_cell_is_bounded(tmp_path, monkeypatch):

@@ -93,8 +93,18 @@ def is_ranked(row: Row) -> bool:
 
 def sign_of(value: Any) -> int | None:
     """A verdict that is a number: negative prefers the first response."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return (value > 0) - (value < 0) if number and value == value else None
+    number = _number(value)
+    return (number > 0) - (number < 0) if number is not None and number == number else None
+
+
+def _number(value: Any) -> float | None:
+    """A number, or text of one, as cells of CSV are."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
 
 
 def two_sided(first: str, second: str, key: str, choose: Callable[[Any], int | None], *prompts: str) -> Read:
@@ -116,10 +126,10 @@ def two_sided(first: str, second: str, key: str, choose: Callable[[Any], int | N
 
 
 def choice_of(first: Any, second: Any, *ties: Any) -> Callable[[Any], int | None]:
-    """A verdict that is one of given values."""
+    """A verdict that is one of given values: numbers or texts in lower case."""
 
     def choose(value: Any) -> int | None:
-        value = value.strip().lower() if isinstance(value, str) else value
+        value = _number(value) if isinstance(first, int) else value.strip().lower() if isinstance(value, str) else value
         return -1 if value == first else 1 if value == second else 0 if value in ties else None
 
     return choose
