@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from runtime.common.errors import ConversationError, KitError
-from runtime.conversations.conversation import ChatMessage
-from runtime.conversations.policy_transcripts import read_policy_text
 from runtime.conversations.rendering import RenderedConversation
+from runtime.conversations.rows.policy_texts import read_exchange
 from runtime.execution.devices import DeviceNames, MemoryLimits
 from runtime.scorer import Scorer
 
@@ -52,7 +51,7 @@ def reward_function(
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             where = f"completions[{row}]"
             try:
-                turns = _to_messages(prompt, completion, where)
+                turns = read_exchange(prompt, completion, where)
                 rendered[row] = scorer.renderer.render(turns, truncate=truncate, where=where)
             except ConversationError as error:
                 error_messages.append(str(error))
@@ -68,20 +67,3 @@ def reward_function(
         return [rewards.get(row) for row in range(len(completions))]
 
     return worldpm_reward
-
-
-def _to_messages(prompt: Any, completion: Any, where: str) -> list[ChatMessage]:
-    """Messages of one prompt and completion; the renderer validates them."""
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return read_policy_text(prompt + completion, prompt, where)
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
-    every: list[Any] = [*turns, *answer]
-    return [{"role": turn.get("role"), "content": _content_text(turn.get("content"))} for turn in every]
-
-
-def _content_text(content: Any) -> Any:
-    """Join a list of text parts; return anything else unchanged, for the renderer to reject."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(part["text"] for part in content)
-    return content

@@ -20,8 +20,8 @@ from runtime.api.schema import RequestMessage, as_list
 from runtime.api.service import ServedModel, Service
 from runtime.common.errors import ConversationError, KitError
 from runtime.conversations.conversation import ChatMessage
-from runtime.conversations.policy_transcripts import read_policy_text
 from runtime.conversations.rendering import RenderedConversation
+from runtime.conversations.rows.policy_texts import read_policy_text
 
 LOADING_RETRY_SECONDS = 5
 

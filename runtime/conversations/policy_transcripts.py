@@ -1,8 +1,7 @@
 """Parse a policy model's transcript, which contains the special tokens of its own chat template, into turns.
 
 RL trainers send prompt and completion rendered with the policy's template; the reward model needs its own template.
-If the prompt is given separately, only the prompt is parsed. Everything after it is the response, even if the policy
-generated further turns.
+Columns of data sets hold such texts, too.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from runtime.common.errors import ConversationError
 from runtime.conversations.conversation import ChatMessage
 
 
@@ -94,46 +92,49 @@ _TEMPLATE_TOKEN = re.compile(
 )
 
 
-def read_policy_text(text: str, prompt: str | None = None, where: str = "") -> list[ChatMessage]:
-    """Parse a transcript in the template of a policy, or in plain text with `User:` and `Assistant:`.
+@dataclass(frozen=True)
+class Transcript:
+    """The turns of a text in a known template.
 
-    Known templates: ChatML (Qwen), Llama 2 and 3, Gemma, Mistral, DeepSeek, Zephyr, Phi-3 and HelpSteer.
-
-    Args:
-        text: prompt and response.
-        prompt: the prompt alone, in the same template or as plain text. If `text` starts with it, the rest of `text` is
-            the response.
-        where: names the text in errors.
-
-    Raises:
-        ConversationError: `text` does not start with a turn in any of these formats, or a prompt has tokens of another
-            template.
+    Attributes:
+        text: without the special tokens before the first turn.
+        turns: the last one may be an empty one of the assistant, which a response continues.
+        padded: whether spaces around a turn's text belong to the template.
     """
-    text = _strip_leading_tokens(text)
-    if prompt is not None:
-        prompt = _strip_leading_tokens(prompt)
-        if prompt.strip() and text.startswith(prompt):
-            turns, padded = _read_turns(prompt) or ([_plain_prompt(prompt, where)], False)
-            padded = padded or (prompt.endswith("Assistant:") and not turns[-1]["content"])
-            return _append_response(turns, text[len(prompt) :].removeprefix(" " if padded else ""))
-    found = _read_turns(text)
-    if found is None:
-        raise ConversationError(
-            f"{where or 'text'}: no turns were found; write them in ChatML, in the template of Llama, Gemma, Mistral, "
-            "DeepSeek, Zephyr or Phi-3, or as 'User: ...' and 'Assistant: ...' on separate lines, or send messages."
-        )
-    turns = found[0]
-    turns[-1]["content"] = strip_end_tokens(turns[-1]["content"])
-    return turns
+
+    text: str
+    turns: list[ChatMessage]
+    padded: bool
+
+    @property
+    def start(self) -> str:
+        """What the text already has of the response."""
+        return self.turns[-1]["content"] if self.turns[-1]["role"] == "assistant" else ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the last turn is the assistant's, such as a generation prompt."""
+        return self.turns[-1]["role"] == "assistant"
+
+    def response(self, text: str) -> str:
+        """The response that continues the transcript with `text`, without end tokens."""
+        text = strip_end_tokens(text)
+        if self.padded:
+            text = text.rstrip(" ") if self.start else text.strip(" ")
+        elif self.text.endswith("Assistant:") and not self.start:
+            text = text.removeprefix(" ")
+        return self.start + text
 
 
-def read_transcript(text: str) -> list[ChatMessage] | None:
+def read_transcript(text: str) -> Transcript | None:
     """The turns of a text that starts with a turn in a known template; None if it does not.
 
-    The last turn of a prompt may be an empty one of the assistant, which the response continues.
+    Known templates: ChatML (Qwen), Llama 2 and 3, Gemma, Mistral, DeepSeek, Zephyr, Phi-3, HelpSteer, and plain text
+    with `User:` or `Human:` and `Assistant:`.
     """
-    found = _read_turns(_strip_leading_tokens(text))
-    return found[0] if found else None
+    text = strip_leading_tokens(text)
+    found = _read_turns(text)
+    return Transcript(text, *found) if found else None
 
 
 def find_template_token(text: str) -> str | None:
@@ -142,26 +143,9 @@ def find_template_token(text: str) -> str | None:
     return token[0] if token else None
 
 
-def _strip_leading_tokens(text: str) -> str:
+def strip_leading_tokens(text: str) -> str:
+    """Remove the tokens that a tokenizer puts before a text."""
     return text[_LEADING_SPECIAL_TOKENS.match(text).end() :]  # type: ignore[union-attr]  # it also matches nothing
-
-
-def _plain_prompt(prompt: str, where: str) -> ChatMessage:
-    """A prompt without turns as the user's message. A template that is not known would otherwise become text."""
-    if token := _TEMPLATE_TOKEN.search(prompt):
-        raise ConversationError(
-            f"{where or 'text'}: the prompt has {token[0]!r}, a token of a chat template that is not known here; send "
-            "messages."
-        )
-    return {"role": "user", "content": prompt}
-
-
-def _append_response(turns: list[ChatMessage], response: str) -> list[ChatMessage]:
-    """Append the response; it continues the last turn if that is the assistant's (a generation prompt)."""
-    response = strip_end_tokens(response)
-    if turns[-1]["role"] == "assistant":
-        return [*turns[:-1], {"role": "assistant", "content": turns[-1]["content"] + response}]
-    return [*turns, {"role": "assistant", "content": response}]
 
 
 def strip_end_tokens(text: str) -> str:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.common.errors import ConversationError
-from runtime.conversations.policy_transcripts import read_policy_text
+from runtime.conversations.rows.policy_texts import read_policy_text
 from tests.helpers.served import chatml, conversation
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>|"), max_size=30)
@@ -135,7 +135,7 @@ def test_other_templates_are_read_back(template, earlier, question, response, sy
 def test_an_unknown_template_is_refused(prompt):
     """As one user message, its tokens would be scored as if the user had typed them."""
     with pytest.raises(
-        ConversationError, match=r"^query\[0\]: the prompt has '.*', a token of a chat template that is not"
+        ConversationError, match=r"^query\[0\]: prompt has '.*', a token of a chat template that is not"
     ):
         read_policy_text(prompt + " because", prompt, "query[0]")
 

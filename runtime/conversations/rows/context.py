@@ -32,11 +32,17 @@ class RowOptions:
 
 @dataclass
 class RowContext:
-    """State of reading one row: its location, two of the `RowOptions`, and the warnings so far."""
+    """State of reading one row: its location, how it is read, and the warnings so far.
+
+    Attributes:
+        lenient, allow_blank: as in `RowOptions`.
+        rendered: the prompt was rendered by a chat template, so that no token of one in it was typed.
+    """
 
     where: str = ""
     lenient: bool = False
     allow_blank: bool = False
+    rendered: bool = False
     warnings: list[str] = field(default_factory=list)
 
     def error(self, text: str) -> ConversationError:

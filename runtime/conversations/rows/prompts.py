@@ -13,7 +13,13 @@ from runtime.conversations.conversation import (
     check_message,
     location_prefix,
 )
-from runtime.conversations.policy_transcripts import find_template_token, read_transcript, strip_end_tokens
+from runtime.conversations.policy_transcripts import (
+    Transcript,
+    find_template_token,
+    read_transcript,
+    strip_end_tokens,
+    strip_leading_tokens,
+)
 from runtime.conversations.rows.context import RowContext, RowKind, RowReading
 from runtime.conversations.rows.message_values import (
     decode_messages,
@@ -33,13 +39,20 @@ class Prompt:
 
     Attributes:
         turns: without the start of the response.
-        text: as the row has it, if it is a transcript.
-        start: what the prompt already has of the response, such as an open turn of the assistant.
+        transcript: that the prompt was written as, if it was.
     """
 
     turns: list[ChatMessage]
-    text: str = ""
-    start: str = ""
+    transcript: Transcript | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the assistant's turn has begun, as in a generation prompt."""
+        return self.transcript is not None and self.transcript.is_open
+
+    def response(self, text: str) -> str:
+        """The response that continues the prompt with a text. End tokens in other than transcripts were typed."""
+        return self.transcript.response(text) if self.transcript else text
 
 
 def read_prompt(row: dict[str, Any], context: RowContext, keys: Sequence[str] = PROMPT_KEYS) -> Prompt:
@@ -53,7 +66,7 @@ def read_prompt(row: dict[str, Any], context: RowContext, keys: Sequence[str] = 
         text = f"{row['instruction']}\n{row['input']}"  # as LLaMA-Factory joins them
         prompt = Prompt([{"role": "user", "content": text}])
     turns = [*_read_history(row.get("history"), context), *prompt.turns]
-    return Prompt(with_system(row, turns, context), prompt.text, prompt.start)
+    return Prompt(with_system(row, turns, context), prompt.transcript)
 
 
 def with_system(row: dict[str, Any], turns: list[ChatMessage], context: RowContext) -> list[ChatMessage]:
@@ -76,7 +89,7 @@ def _refuse_columns(row: dict[str, Any], context: RowContext) -> None:
 
 def _check_other_prompts(row: dict[str, Any], key: str, prompt: Prompt, context: RowContext) -> None:
     """Refuse a row with two different prompts."""
-    text = "\n".join([prompt.text, *(turn["content"] for turn in prompt.turns)])
+    text = "\n".join([prompt.transcript.text if prompt.transcript else "", *(turn["content"] for turn in prompt.turns)])
     for other in PROMPT_KEYS[:4]:
         if other != key and isinstance(row.get(other), str) and row[other].strip() and row[other] not in text:
             raise context.error(
@@ -93,15 +106,20 @@ def _read_prompt_value(value: Any, name: str, context: RowContext) -> Prompt:
     if not isinstance(value, str):
         raise unreadable(value, name, "user", context)
     check_message({"role": "user", "content": value}, name, context.where)
-    turns = read_transcript(value)
-    if turns is None:
+    transcript = read_transcript(value)
+    if transcript is None:
         if token := find_template_token(value):
-            context.warn(f"{name} has {token!r}, a token of a chat template, and is read as text")
+            _judge_token(token, value, name, context)
         return Prompt([{"role": "user", "content": value}])
-    _check_roles(turns, name, context)
-    if turns[-1]["role"] == "assistant":
-        return Prompt(turns[:-1], value, turns[-1]["content"])
-    return Prompt(turns, value)
+    _check_roles(transcript.turns, name, context)
+    return Prompt(transcript.turns[:-1] if transcript.is_open else transcript.turns, transcript)
+
+
+def _judge_token(token: str, text: str, name: str, context: RowContext) -> None:
+    """Refuse a prompt with a token of a template that is not known, unless a user may have typed it."""
+    if context.rendered or text.lstrip().startswith(token):
+        raise context.error(f"{name} has {token!r}, a token of a chat template that is not known here; send messages.")
+    context.warn(f"{name} has {token!r}, a token of a chat template, and is read as text")
 
 
 def _read_history(value: Any, context: RowContext) -> list[ChatMessage]:
@@ -118,7 +136,7 @@ def _read_history(value: Any, context: RowContext) -> list[ChatMessage]:
     return read_messages(turns, "history", context)
 
 
-def _read_response(value: Any, name: str, prompt: Prompt, context: RowContext) -> tuple[list[ChatMessage], bool]:
+def read_response(value: Any, name: str, prompt: Prompt, context: RowContext) -> tuple[list[ChatMessage], bool]:
     """The turns of a response, and whether they repeat the prompt."""
     if isinstance(value, dict) and not is_message(value) and (inner := object_text(value)) is not None:
         value = inner
@@ -127,43 +145,49 @@ def _read_response(value: Any, name: str, prompt: Prompt, context: RowContext) -
     if isinstance(value, (list, dict)):
         turns = read_messages(value, name, context)
         continued = bool(prompt.turns) and prompt.turns[-1]["role"] == "assistant"
+        if prompt.transcript and prompt.transcript.start and turns[0]["role"] == "assistant":
+            turns[0]["content"] = prompt.response(turns[0]["content"])
         return turns, turns[0]["role"] != "assistant" and not continued
     if not isinstance(value, str):
         raise unreadable(value, name, "assistant", context)
     check_message({"role": "assistant", "content": value}, name, context.where)
-    if prompt.text and value.startswith(prompt.text):
-        value = value[len(prompt.text) :]
+    whole, start = strip_leading_tokens(value), prompt.transcript.text if prompt.transcript else ""
+    rest = whole[len(start) :] if start and whole.startswith(start) else ""
+    if rest and prompt.is_open:
+        value = rest
+    elif rest and (opened := opened_turn(rest, prompt)) is not None:
+        value = opened
     elif transcript := _read_transcript_response(value, name, prompt, context):
         return transcript, transcript[0]["role"] != "assistant"
-    if prompt.text.endswith("Assistant:"):
-        value = value.removeprefix(" ")
-    if prompt.text:  # of a policy; tokens in other text were typed by someone
-        value = strip_end_tokens(value)
-    return [{"role": "assistant", "content": prompt.start + value}], False
+    return [{"role": "assistant", "content": prompt.response(value)}], False
 
 
 def _read_transcript_response(text: str, name: str, prompt: Prompt, context: RowContext) -> list[ChatMessage] | None:
     """The turns of a response that is a transcript; None if it is text, with a warning if that is not certain."""
-    turns = read_transcript(text)
-    if turns is None:
+    transcript = read_transcript(text)
+    if transcript is None:
         question = prompt.turns[-1]["content"] if prompt.turns else ""
         if len(question) > 10 and text.startswith(question):
             context.warn(f"{name} begins with the prompt and is read as text")
+        if not prompt.transcript and strip_end_tokens(text) != text:
+            context.warn(f"{name} ends with a token of a chat template and is read as text")
         return None
-    _strip_end(turns)
+    turns = transcript.turns
+    turns[-1]["content"] = strip_end_tokens(turns[-1]["content"])
     whole = turns[0]["role"] != "assistant" and turns[-1]["role"] == "assistant"
     blank = not any(turn["content"].strip() for turn in prompt.turns)
     same = blank or turns[: len(prompt.turns)] == prompt.turns
-    named = text.startswith(_NAMES_OF_SPEAKERS)
-    if (whole and same) or (not named and turns[0]["role"] == "assistant" and len(turns) == 1):
+    if (whole and same) or opened_turn(text, prompt) is not None:
         _check_roles(turns, name, context)
         return turns
     context.warn(f"{name} begins like a transcript, but not one of this prompt, and is read as text")
     return None
 
 
-def _strip_end(turns: list[ChatMessage]) -> None:
-    turns[-1]["content"] = strip_end_tokens(turns[-1]["content"])
+def opened_turn(text: str, prompt: Prompt) -> str | None:
+    """The text of a response that begins with the template's opening of its own turn, and has no other turn."""
+    transcript = None if prompt.is_open or text.startswith(_NAMES_OF_SPEAKERS) else read_transcript(text)
+    return transcript.start if transcript and transcript.is_open and len(transcript.turns) == 1 else None
 
 
 def _check_roles(turns: list[ChatMessage], name: str, context: RowContext) -> None:
@@ -181,7 +205,7 @@ def continue_prompt(
         ConversationError: a value holds no turns, or the two responses of a pair have no prompt.
     """
     prefix, names = location_prefix(context.where), [name for name, _ in values]
-    read = [_read_response(value, name, prompt, context) for name, value in values]
+    read = [read_response(value, name, prompt, context) for name, value in values]
     shared, responses = prompt.turns, [turns for turns, _ in read]
     if not shared or any(whole for _, whole in read):
         whole = [turns if full else [*shared, *turns] for turns, full in read]
