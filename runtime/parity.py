@@ -29,8 +29,9 @@ reference scores:
 
 pairs:
   parity_pairs.jsonl      beside a model that worldpm-kit quantized: the held-out pairs it was compared on
-  --pairs FILE            other pairs, as JSONL or JSON (also .gz) or Parquet, one per row; responses may be lists of
-                          messages, and the prompt may be part of them, as in TRL:
+  --pairs FILE            other pairs, one per row, in JSONL or JSON (also .gz and .zst), CSV or Parquet, in a
+                          directory of such files or a quoted pattern such as 'data/*.parquet'; in any format of
+                          docs/scoring.md that states a preference, such as
                           {"prompt": "...", "chosen": "...", "rejected": "..."}
 
 examples:

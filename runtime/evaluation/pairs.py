@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from runtime.common.errors import ConversationError
@@ -17,6 +16,7 @@ from runtime.common.files import write_file_atomically
 from runtime.conversations.conversation import EmptyConversationError, PreferencePair
 from runtime.conversations.row_files import read_rows
 from runtime.conversations.row_shapes import pair_to_row, read_category
+from runtime.conversations.row_sources import list_row_files
 from runtime.conversations.rows.context import RowOptions
 from runtime.conversations.rows.recognise import read_row
 from runtime.evaluation.reference_scores import describe_precision
@@ -84,21 +84,32 @@ class PairReferenceScores:
         )
 
 
-def read_pairs(paths: Iterable[Path], options: RowOptions | None = None) -> list[PreferencePair]:
-    """Read preference pairs from JSONL, JSON or Parquet files.
+def read_pairs(
+    sources: Iterable[Path], options: RowOptions | None = None, note: Callable[[str], None] | None = None
+) -> list[PreferencePair]:
+    """Read preference pairs from files, directories of files, or patterns of their names.
 
     Duplicates, rows with a blank prompt or response, ties, and pairs of two equal responses are skipped.
+
+    Args:
+        options: how rows are read.
+        note: called once for each file and each format in it.
 
     Raises:
         ConversationError: a file or row is malformed, a row is a single conversation, or no pair is left.
     """
-    paths = list(paths)
+    sources = list(sources)
     pairs: dict[str, PreferencePair] = {}
-    for where, row in chain.from_iterable(map(read_rows, paths)):
+    told: set[tuple[Path, str]] = set()
+    files = [file for source in sources for file in list_row_files(source)]
+    for file, (where, row) in ((path, located) for path in files for located in read_rows(path)):
         try:
             reading = read_row(row, where, options)
         except EmptyConversationError:
             continue
+        if note and (file, reading.format) not in told:
+            told.add((file, reading.format))
+            note(f"{where}: the format is {reading.format}")
         if not reading.preferences and not reading.tied:
             what = "is a single conversation" if reading.kind == "conversation" else "prefers none of its responses"
             raise ConversationError(f"{where}: the row {what}; parity needs a chosen and a rejected response.")
@@ -106,7 +117,7 @@ def read_pairs(paths: Iterable[Path], options: RowOptions | None = None) -> list
             if pair.chosen != pair.rejected:
                 pairs.setdefault(pair.id, pair)
     if not pairs:
-        names = ", ".join(map(str, paths))
+        names = ", ".join(map(str, sources))
         raise ConversationError(f"{names}: no usable preference pair; add pairs of two different responses.")
     return list(pairs.values())
 

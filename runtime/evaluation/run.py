@@ -87,7 +87,7 @@ def run(options: ParityOptions, console: Console) -> int:
     opened = open_variants([*options.models, *([options.reference] if options.reference else [])])
     models, reference = opened[: len(options.models)], opened[-1] if options.reference else None
     directory_by_label = report_directories(options.output, models) if options.output else {}
-    selection = choose_pairs(options, models, reference)
+    selection = choose_pairs(options, models, reference, console)
     for model in models:
         options.model_options.plan(model.checkpoint)  # for its errors; scoring plans again with the memory free by then
 
@@ -111,7 +111,9 @@ def run(options: ParityOptions, console: Console) -> int:
     return 0 if all(result.passed for result in results) else 1
 
 
-def choose_pairs(options: ParityOptions, models: Sequence[Variant], reference: Variant | None) -> Selection:
+def choose_pairs(
+    options: ParityOptions, models: Sequence[Variant], reference: Variant | None, console: Console
+) -> Selection:
     """Select the pairs to compare on; none if only golden scores are checked.
 
     Raises:
@@ -132,7 +134,8 @@ def choose_pairs(options: ParityOptions, models: Sequence[Variant], reference: V
                 f"{model.checkpoint.directory} has no {REFERENCE_SCORES_FILE}, which quantization writes; pass "
                 f"--reference to compare {model.label} with a checkpoint."
             )
-    return select_pairs(read_pairs(paths, options.row_options), models, reference)
+    note = console.print if options.pairs else None  # the pairs beside a model have the kit's own format
+    return select_pairs(read_pairs(paths, options.row_options, note), models, reference)
 
 
 def evaluate_model(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime.common.errors import ConversationError
+from runtime.conversations.rows.context import RowOptions
 from runtime.evaluation.pairs import read_pairs, select_pairs, stored_pair_files, write_pairs
 from runtime.evaluation.variant import Variant, open_variants
 from tests.helpers import tiny_job
@@ -53,6 +54,19 @@ def test_files_are_read_as_one_and_each_pair_once(tmp_path):
         read_pairs([write(tmp_path / "a.jsonl", ROW, single)])
     with pytest.raises(ConversationError, match="a.jsonl:1: the row has"):
         read_pairs([write(tmp_path / "a.jsonl", {"question": "x"})])
+
+
+def test_directories_and_patterns_are_read_with_the_options_of_rows(tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "a.jsonl", {"q": "Q", "chosen": "yes", "rejected": "no"})
+    write(tmp_path / "data" / "b.jsonl", *({"q": text, "chosen": ["a"], "rejected": ["b", "c"]} for text in "RS"))
+    options, notes = RowOptions(columns={"prompt": "q"}), []
+    for source in (tmp_path / "data", tmp_path / "data" / "*.jsonl"):
+        pairs = read_pairs([source], options, notes.append)
+        assert [pair.where for pair in pairs] == ["a.jsonl:1", "b.jsonl:1", "b.jsonl:1", "b.jsonl:2", "b.jsonl:2"]
+    assert notes == ["a.jsonl:1: the format is pair", "b.jsonl:1: the format is rewardbench-2"] * 2
+    with pytest.raises(ConversationError, match="fits this pattern"):
+        read_pairs([tmp_path / "*.csv"])
 
 
 def test_pairs_beside_a_model_are_those_of_its_report(packed):
