@@ -70,6 +70,11 @@ class BatchJob:
         return self._seconds if self._seconds is not None else time.perf_counter() - self._start
 
     @property
+    def formats(self) -> dict[str, str]:
+        """The formats of the rows read so far, each with the location of its first row."""
+        return self._rows.formats
+
+    @property
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
 

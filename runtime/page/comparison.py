@@ -11,6 +11,8 @@ from runtime.api.service import ServedModel, Service
 from runtime.common.errors import ConversationError, KitError
 from runtime.conversations.conversation import ChatMessage
 from runtime.conversations.rendering import RenderedConversation
+from runtime.conversations.rows.context import RowContext
+from runtime.conversations.rows.prompts import read_prompt
 from runtime.evaluation.scored_pair import Scores
 from runtime.page.charts import ComparisonChart, make_comparison_chart
 from runtime.page.tokenizing import render_responses
@@ -82,15 +84,32 @@ class ModelComparison:
 def build_prompt_turns(system: str, turns: Sequence[ChatMessage]) -> list[ChatMessage]:
     """The messages before the response, without the system prompt if it is blank.
 
+    A single turn may be a pasted transcript, or messages as JSON; it is read as the `prompt` of a row.
+
     Raises:
-        ConversationError: no user turn has text, or some turn is blank.
+        ConversationError: no user turn has text, some turn is blank, or a pasted conversation cannot be read.
     """
     if not any(turn["content"].strip() for turn in turns if turn["role"] == "user"):
         raise ConversationError("The conversation is empty; write what the user says.")
     blank = next((number for number, turn in enumerate(turns, 1) if not turn["content"].strip()), None)
     if blank is not None:
         raise ConversationError(f"Turn {blank} is empty; write it, or remove it.")
-    return [*([{"role": "system", "content": system}] if system.strip() else []), *turns]
+    if len(turns) == 1:
+        turns = _read_pasted(turns[0]["content"])
+    if not system.strip():
+        return list(turns)
+    if turns[0]["role"] == "system":
+        raise ConversationError("The pasted conversation has a system prompt of its own; keep one of the two.")
+    return [{"role": "system", "content": system}, *turns]
+
+
+def _read_pasted(text: str) -> list[ChatMessage]:
+    prompt = read_prompt({"prompt": text}, RowContext())
+    if prompt.transcript and prompt.transcript.start:
+        raise ConversationError("The pasted conversation ends with a response; move it to the responses.")
+    if not any(turn["content"].strip() for turn in prompt.turns if turn["role"] == "user"):
+        raise ConversationError("The pasted conversation has no turn of the user; add what the user says.")
+    return prompt.turns
 
 
 async def compare(service: Service, turns: Sequence[ChatMessage], responses: Sequence[str]) -> list[ModelComparison]:

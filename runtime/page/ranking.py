@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,17 @@ from runtime.api.service import ServedModel
 from runtime.batch.row import ranks_of
 from runtime.common.errors import ConversationError
 from runtime.conversations.conversation import ChatMessage
-from runtime.conversations.row_files import read_rows
-from runtime.conversations.row_shapes import RESPONSES_EXAMPLE, parse_row
+from runtime.conversations.row_files import read_jsonl_file, read_rows
+from runtime.conversations.row_shapes import RESPONSES_EXAMPLE
+from runtime.conversations.rows.prompts import PROMPT_KEYS
+from runtime.conversations.rows.recognise import matching_shapes, read_row
 from runtime.evaluation.charts import Axis
 from runtime.page.tokenizing import render_responses
 from runtime.scorer import probability_preferred
 
 SEPARATOR = "==="
 MAX_RESPONSES = 256
+_NO_PROMPT = "(none)"  # of a row with responses alone, whose prompt the visitor writes
 _SEPARATOR_LINE = re.compile(rf"^[ \t]*{SEPARATOR}[ \t]*$", re.MULTILINE)
 
 
@@ -65,35 +71,95 @@ def join_responses(responses: Sequence[str]) -> str:
     return f"\n\n{SEPARATOR}\n\n".join(response.strip("\n") for response in responses)
 
 
-def read_responses(path: Path) -> tuple[str, list[str]]:
-    """Read the prompt and the responses of an uploaded file: the first row's `responses`, or every row's `response`.
+@dataclass(frozen=True)
+class ReadResponses:
+    """The prompt and the responses of a file or of pasted rows.
+
+    Attributes:
+        prompt: empty if the rows have none.
+        note: the format of the rows and the warnings on reading them.
+    """
+
+    prompt: str
+    responses: list[str]
+    note: str
+
+
+def read_responses(path: Path) -> ReadResponses:
+    """Read an uploaded file: the first row's responses, or the one response of every row.
 
     Raises:
-        ConversationError: the file has no responses, or its rows have different prompts.
+        ConversationError: a row cannot be read, there are no rows, or they have different prompts.
     """
-    prompt, responses = "", []
-    for where, row in read_rows(path):
-        if not isinstance(row, dict):
-            raise ConversationError(f"{where}: the row is not an object; expected {RESPONSES_EXAMPLE}.")
-        if row.get("messages") is not None:  # CSV rows of a prompt and a response are read as messages
-            row = _read_exchange(row["messages"], where)
-        row_prompt = _text(row.get("prompt", ""), f"{where}: prompt", "user")
+    found = _collect(read_rows(path))
+    if found is None:
+        raise ConversationError(f"{path.name} has no response; a row looks like {RESPONSES_EXAMPLE}.")
+    return found
+
+
+def read_pasted(text: str) -> ReadResponses | None:
+    """Read a pasted row, rows as JSON lines, or a JSON list of texts; None if the text is none of these.
+
+    Raises:
+        ConversationError: as `read_responses`.
+    """
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(each, str) for each in value):
+        return ReadResponses("", value, "")
+    rows = [(f"row {number}", row) for number, row in enumerate(value if isinstance(value, list) else [value], 1)]
+    if value is None:
+        try:
+            rows = list(islice(read_jsonl_file(io.BytesIO(text.encode(errors="replace")), "line"), MAX_RESPONSES + 1))
+        except ConversationError:
+            return None
+    if not all(isinstance(row, dict) and matching_shapes(row) for _, row in rows):
+        return None  # responses may be JSON themselves
+    return _collect(rows)
+
+
+def _collect(located_rows: Iterable[tuple[str, Any]]) -> ReadResponses | None:
+    prompt, responses, notes = "", [], []
+    for where, row in located_rows:
+        row_prompt, added, note, several = _read_candidates(where, row)
         if prompt and row_prompt and row_prompt != prompt:
             raise ConversationError(
                 f"{where}: the prompt differs from that of earlier rows, but only responses to the same prompt can be "
                 "ranked; score the file in the Batch tab."
             )
-        prompt = prompt or row_prompt
-        if isinstance(row.get("responses"), list):
-            responses = [_text(each, f"{where}: responses[{index}]") for index, each in enumerate(row["responses"])]
+        prompt, responses = prompt or row_prompt, [*responses, *added]
+        notes += [] if notes else note
+        if several or len(responses) > MAX_RESPONSES:
             break
-        if "response" in row:
-            responses.append(_text(row["response"], f"{where}: response"))
-        if len(responses) > MAX_RESPONSES:
-            break
-    if not responses:
-        raise ConversationError(f"{path.name} has no response; a row looks like {RESPONSES_EXAMPLE}.")
-    return prompt, responses
+    return ReadResponses(prompt, responses, "; ".join(notes)) if responses else None
+
+
+def _read_candidates(where: str, row: Any) -> tuple[str, list[str], list[str], bool]:
+    """The prompt of a row, its responses, notes on it, and whether it has several responses."""
+    lacks_prompt = isinstance(row, dict) and not {"messages", *PROMPT_KEYS} & row.keys()
+    if lacks_prompt and {"response", "responses"} & row.keys():
+        row = {"prompt": _NO_PROMPT, **row}
+    reading = read_row(row, where)
+    prompt, responses = reading.prompt, reading.responses
+    if reading.kind == "conversation":
+        prompt, responses = reading.conversations[0][:-1], [reading.conversations[0][-1:]]
+    if [turn["role"] for turn in prompt] != ["user"] or any(len(turns) != 1 for turns in responses):
+        raise ConversationError(
+            f"{where}: the prompt is a conversation, but here it is one turn of the user; score the file in the Batch "
+            "tab."
+        )
+    text = prompt[0]["content"]
+    notes = [f"{where}: the format is {reading.format}", *reading.warnings]
+    return (
+        "" if text == _NO_PROMPT else text,
+        [turns[0]["content"] for turns in responses],
+        notes,
+        reading.kind != "conversation",
+    )
 
 
 async def rank_responses(
@@ -137,22 +203,3 @@ def bar_axis(ranked: Sequence[RankedResponse]) -> Axis:
     scores = [each.score for each in ranked]
     low, high = min(scores), max(scores)
     return Axis(low - 0.08 * (high - low), high, 0.0, 100.0) if high > low else Axis(low - 1.0, low, 0.0, 100.0)
-
-
-def _read_exchange(messages: Any, where: str) -> dict[str, str]:
-    """Split messages that are exactly one user turn and one assistant turn."""
-    turns = parse_row({"messages": messages}, where)
-    if not isinstance(turns, list) or [turn["role"] for turn in turns] != ["user", "assistant"]:
-        raise ConversationError(
-            f"{where}: messages must be one user turn and one assistant turn; score the file in the Batch tab."
-        )
-    return {"prompt": turns[0]["content"], "response": turns[1]["content"]}
-
-
-def _text(value: Any, where: str, role: str = "assistant") -> str:
-    """Return a text, or the text of a list that holds one message of that role."""
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and value[0].get("role") == role:
-        value = value[0].get("content")
-    if not isinstance(value, str):
-        raise ConversationError(f"{where} is not text; score the file in the Batch tab, which also accepts messages.")
-    return value

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import time
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from runtime.api.service import Service
-from runtime.common.errors import KitError
+from runtime.common.errors import ConversationError, KitError, printable
 from runtime.page.batch_job import UPLOAD_SUFFIXES
 from runtime.page.comparison import build_prompt_turns
 from runtime.page.components import UNQUEUED_EVENT, DeferredComponents, html_block, model_dropdown
 from runtime.page.markup import notice, render_template
-from runtime.page.ranking import SEPARATOR, bar_axis, join_responses, rank_responses, read_responses, split_responses
+from runtime.page.ranking import (
+    SEPARATOR,
+    bar_axis,
+    join_responses,
+    rank_responses,
+    read_pasted,
+    read_responses,
+    split_responses,
+)
 
 
 def best_of_n_tab(service: Service) -> DeferredComponents:
@@ -26,7 +35,7 @@ def best_of_n_tab(service: Service) -> DeferredComponents:
             pasted = gr.Textbox(
                 "",
                 label="Responses",
-                info=f"Separate responses with a line {SEPARATOR}",
+                info=f"Separate responses with a line {SEPARATOR}, or paste rows as JSON",
                 lines=11,
                 max_lines=30,
                 scale=3,
@@ -60,19 +69,27 @@ async def show_ranking(service: Service, name: str | None, prompt: str, pasted: 
     start = time.perf_counter()
     try:
         model = service.get(name)
-        turns = build_prompt_turns("", [{"role": "user", "content": prompt}])
-        ranked = await rank_responses(model, turns, split_responses(pasted))
+        rows = read_pasted(pasted)
+        if rows and rows.prompt and prompt.strip() not in ("", rows.prompt.strip()):
+            raise ConversationError("The pasted rows have another prompt than the one above; remove one of them.")
+        turns = build_prompt_turns("", [{"role": "user", "content": (rows and rows.prompt) or prompt}])
+        ranked = await rank_responses(model, turns, rows.responses if rows else split_responses(pasted))
     except KitError as error:
         return notice(error)
-    return render_template(
-        "ranking", model=model, ranked=ranked, axis=bar_axis(ranked), seconds=time.perf_counter() - start
-    )
+    seconds = time.perf_counter() - start
+    ranking = render_template("ranking", model=model, ranked=ranked, axis=bar_axis(ranked), seconds=seconds)
+    return ranking + show_note(rows.note if rows else "")
 
 
 def take_upload(path: str | None, prompt: str) -> list[Any]:
     """Fill prompt and responses from an uploaded file, to be checked by the visitor before scoring."""
     try:
-        file_prompt, responses = read_responses(Path(path or ""))
-        return [file_prompt or prompt, join_responses(responses), ""]
+        rows = read_responses(Path(path or ""))
+        return [rows.prompt or prompt, join_responses(rows.responses), show_note(rows.note)]
     except KitError as error:
         return [gr.skip(), gr.skip(), notice(error)]
+
+
+def show_note(text: str) -> str:
+    """HTML of a remark on how rows were read."""
+    return f'<p class="legend user-text" role="status">{escape(printable(text))}</p>' if text else ""
