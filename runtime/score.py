@@ -27,11 +27,11 @@ the order of their names, and so is a quoted pattern such as 'data/*.parquet'; -
   {"prompt": "...", "responses": ["...", "...", "..."]}      N responses to one prompt (best-of-N)
   {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}              one conversation
   and the formats of many data sets, listed in docs/scoring.md; the run says which one it took.
-  `id` and `category` are copied to the output; other keys are ignored. CSV has any of these formats whose keys hold
-  text, such as prompt,chosen,rejected or prompt,response.
+  `id` and `category` are copied to the output, and so are numbers such as `helpfulness`, as `labels`. CSV has any of
+  these formats whose keys hold text, such as prompt,chosen,rejected or prompt,response.
 
 output row:
-  where                       location of the input row, such as pairs.jsonl:12; then its id and category
+  where                       location of the input row, such as pairs.jsonl:12; then its id, category and labels
   scores, tokens              one per conversation: chosen and rejected, or the responses in their order
   margin, probability_chosen  for a pair: chosen score - rejected score, and its sigmoid
   ranks, best                 for N responses: 1 is the highest score; index of the best, from 0

@@ -37,7 +37,7 @@ def encode_jsonl(records: Iterable[OutputRecord]) -> bytes:
 
 
 def encode_csv(records: Iterable[OutputRecord]) -> bytes:
-    """One line per record, in the columns of `CSV_HEADER`. Lists are JSON; cells that do not apply are empty."""
+    """One line per record, in the columns of `CSV_HEADER`. Lists and labels are JSON; other cells may be empty."""
     lines = (",".join(_cell(record.get(column, "")) for column in COLUMNS) + "\n" for record in records)
     return "".join(lines).encode(errors="backslashreplace")
 
@@ -48,7 +48,7 @@ ENCODERS: dict[str, Callable[[Iterable[OutputRecord]], bytes]] = {".jsonl": enco
 def write_parquet(lines: Path, output: Path) -> None:
     """Convert JSONL written by `encode_jsonl` to Parquet, atomically and in bounded memory.
 
-    Values that do not apply are null. Scores are float32; `id` is converted to text.
+    Values that do not apply are null. Scores are float32; `id` is converted to text, and `labels` to JSON.
     """
     import pyarrow  # here because the import is slow and only Parquet needs it
     import pyarrow.parquet
@@ -76,16 +76,18 @@ def write_parquet(lines: Path, output: Path) -> None:
 
 def _groups(lines: Path) -> Iterator[Sequence[OutputRecord]]:
     with open(lines, encoding="utf-8") as file:
-        records = (_with_id_as_text(json.loads(line)) for line in file)
+        records = (_with_texts(json.loads(line)) for line in file)
         while group := list(islice(records, _GROUP_ROWS)):
             yield group
 
 
-def _with_id_as_text(record: OutputRecord) -> OutputRecord:
-    return record | {"id": str(record["id"])} if "id" in record else record
+def _with_texts(record: OutputRecord) -> OutputRecord:
+    """A record whose id is text and whose labels are JSON."""
+    texts = {"id": str, "labels": json.dumps}
+    return record | {key: convert(record[key]) for key, convert in texts.items() if key in record}
 
 
 def _cell(value: Any) -> str:
     """A CSV cell, quoted where it must be. The csv module does not quote a carriage return, which ends a line."""
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
     return '"' + text.replace('"', '""') + '"' if any(character in text for character in ',"\r\n') else text

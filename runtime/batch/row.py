@@ -10,7 +10,7 @@ from typing import Any
 from runtime.common.errors import ConversationError, printable
 from runtime.conversations.conversation import UNCATEGORISED, ChatMessage
 from runtime.conversations.rendering import RenderedConversation, Renderer
-from runtime.conversations.row_shapes import read_category, read_id
+from runtime.conversations.row_shapes import read_category, read_id, read_labels
 from runtime.conversations.rows.context import RowKind, RowOptions
 from runtime.conversations.rows.recognise import read_row
 from runtime.scorer import probability_preferred
@@ -27,6 +27,7 @@ class InputRow:
         rendered: their renderings.
         id: its `id`, if any.
         category: its `category` or `subset`, empty if it has none.
+        labels: what it says about its responses, such as `helpfulness`.
         error: why it cannot be scored, starting with `where`; empty if it can.
         names: of the conversations, as messages use them: ``chosen``, ``responses[2]``.
         format: the format that it was read as; empty if it could not be read.
@@ -45,6 +46,7 @@ class InputRow:
     format: str = ""
     notes: list[str] = field(default_factory=list)
     allow_blank: bool = False
+    labels: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, row: Any, where: str, options: RowOptions | None = None) -> InputRow:
@@ -57,6 +59,7 @@ class InputRow:
                 category = read_category(row)
                 input_row.category = "" if category == UNCATEGORISED else category
                 input_row.id = read_id(row, where)
+                input_row.labels = read_labels(row)
             reading = read_row(row, where, options)
             input_row.kind, input_row.conversations = reading.kind, reading.conversations
             input_row.names, input_row.format = reading.names, reading.format
@@ -105,7 +108,7 @@ class InputRow:
 
     def canonical(self) -> bytes:
         """Bytes for a digest of the row before rendering; they differ if the rows do."""
-        parts = [self.where, self.kind, self.id, self.category, self.error, self.conversations]
+        parts = [self.where, self.kind, self.id, self.category, self.labels, self.error, self.conversations]
         return json.dumps(parts, separators=(",", ":")).encode() + b"\n"
 
     def _location(self, name: str) -> str:
@@ -117,6 +120,7 @@ COLUMNS = (
     "where",
     "id",
     "category",
+    "labels",
     "score",
     "scores",
     "margin",
@@ -133,7 +137,7 @@ COLUMNS = (
 def make_output_record(row: InputRow, scores: Sequence[float]) -> OutputRecord:
     """Make the record of a row from one score per conversation.
 
-    Every record has `where`, and `id` and `category` if the row has them. The other keys depend on the row:
+    Every record has `where`, and `id`, `category` and `labels` if the row has them. The other keys depend on the row:
 
     * scored rows: `scores` and `tokens`, one per conversation in the row's order, and `warnings` if any;
     * pairs: `margin` (chosen score - rejected score) and `probability_chosen` (the sigmoid of the margin);
@@ -146,6 +150,8 @@ def make_output_record(row: InputRow, scores: Sequence[float]) -> OutputRecord:
         record["id"] = row.id
     if row.category:
         record["category"] = row.category
+    if row.labels:
+        record["labels"] = row.labels
     if row.error:
         return record | {"error": row.error}
     if row.kind == "conversation":

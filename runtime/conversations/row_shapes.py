@@ -1,4 +1,4 @@
-"""The id and the category of a row, and the row that a pair is written as.
+"""The id, the category and the labels of a row, and the row that a pair is written as.
 
 `runtime.conversations.rows.recognise` reads the conversations.
 """
@@ -19,6 +19,9 @@ from runtime.conversations.conversation import (
 from runtime.conversations.rows.context import RowOptions
 from runtime.conversations.rows.recognise import read_row
 
+_LABELS_OF_TEXT = ("label", "labels", "winner", "source", "domain", "language")
+_LONGEST_LABEL = 200  # characters
+_LONGEST_LIST = 64  # numbers; a longer list is data, such as an embedding
 RESPONSES_EXAMPLE = '{"prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."]}'
 
 
@@ -71,3 +74,23 @@ def read_category(row: dict[str, Any]) -> str:
         if isinstance(value, str) and value.strip():
             return value.strip().encode(errors="backslashreplace").decode()
     return UNCATEGORISED
+
+
+def read_labels(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row says about its responses: its other numbers, truth values and lists of them, and some short texts.
+
+    Examples are `helpfulness` of HelpSteer 2, `overall_preference` of HelpSteer 3, `label` of KTO, `score_ratio` of SHP
+    and `winner` of Chatbot Arena.
+    """
+    return {
+        key: value for key, value in row.items() if key not in ("id", "category", "subset") and _is_label(key, value)
+    }
+
+
+def _is_label(key: str, value: Any) -> bool:
+    if isinstance(value, str):
+        return key in _LABELS_OF_TEXT and len(value) <= _LONGEST_LABEL
+    numbers = value if isinstance(value, list) else [value]
+    return 0 < len(numbers) <= _LONGEST_LIST and all(
+        isinstance(each, int) or (isinstance(each, float) and math.isfinite(each)) for each in numbers
+    )

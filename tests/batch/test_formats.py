@@ -23,7 +23,8 @@ RECORDS = [
     },
     {"where": "f:2", "id": 'a "quoted",\nid', "category": "北", "score": 1.0, "scores": [1.0], "tokens": [2]},
     {"where": "f:3", "scores": [1.0, 2.0], "ranks": [2, 1], "best": 1, "tokens": [1, 1], "warnings": ["w, x", "y"]},
-    {"where": "f:4", "error": "f:4: the row is a number 3"},
+    {"where": "f:4", "labels": {"winner": "a, b", "é": [1, True], "x": -0.5}, "score": 1.0, "scores": [1.0]},
+    {"where": "f:5", "error": "f:5: the row is a number 3"},
 ]
 
 
@@ -56,7 +57,8 @@ def test_parquet_reads_back_typed(tmp_path, monkeypatch, group):
     file = pyarrow.parquet.ParquetFile(tmp_path / "out.parquet")
     assert file.num_row_groups == -(-len(RECORDS) // group)
     read = [{key: value for key, value in row.items() if value is not None} for row in file.read().to_pylist()]
-    assert read == [RECORDS[0] | {"id": "7"}, *RECORDS[1:]]
+    labels = json.dumps(RECORDS[3]["labels"])
+    assert read == [RECORDS[0] | {"id": "7"}, *RECORDS[1:3], RECORDS[3] | {"labels": labels}, RECORDS[4]]
     assert file.schema_arrow.names == list(COLUMNS)
 
 

@@ -139,7 +139,8 @@ def test_the_canonical_bytes_tell_rows_apart():
     rows.append({"prompt": "Q", "responses": ["a", "b"]})
     seen = {InputRow.read(row, "f:1").canonical() for row in rows}
     assert len(seen | {InputRow.read(pair, "f:2").canonical()}) == len(rows) + 1
-    assert InputRow.read({**pair, "unknown": 1}, "f:1").canonical() in seen
+    assert InputRow.read({**pair, "unknown": "x"}, "f:1").canonical() in seen
+    assert InputRow.read({**pair, "label": 1}, "f:1").canonical() not in seen
 
 
 @settings(deadline=None)
@@ -152,3 +153,21 @@ def test_whatever_a_row_holds_it_gives_a_record_that_can_be_written(renderer, ro
     assert json.loads(encode_jsonl([record])) == record
     encode_csv([record])
     assert ("error" in record) != ("scores" in record)
+
+
+@pytest.mark.parametrize(
+    ("more", "labels"),
+    [
+        ({"helpfulness": 4, "verbosity": 1.0}, {"helpfulness": 4, "verbosity": 1.0}),
+        ({"label": True, "winner": "model_a"}, {"label": True, "winner": "model_a"}),
+        ({"scores": [True, False], "overall_preference": -3}, {"scores": [True, False], "overall_preference": -3}),
+        ({"id": 3, "category": "c", "note": "text", "label": "x" * 201, "meta": {"a": 1}, "vector": [0.5] * 65}, {}),
+        ({"x": float("nan"), "y": None, "z": []}, {}),
+    ],
+)
+def test_labels_are_kept_and_texts_are_not(renderer, more, labels):
+    row = InputRow.read({"prompt": "Q", "chosen": "a", "rejected": "b", **more}, "f:1")
+    row.render(renderer, truncate=False)
+    record = make_output_record(row, [1.0, 0.0])
+    assert record.get("labels", {}) == labels
+    assert json.loads(encode_jsonl([record])) == record

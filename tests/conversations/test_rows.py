@@ -65,7 +65,7 @@ RECOGNISED = [
     ),
     (
         {"prompt": Q, "chosen": list("abc"), "rejected": list("xyz"), "domain": "x"},
-        "rewardbench-2",
+        "rm-bench",
         MESSAGES,
         list("abcxyz"),
     ),
@@ -179,7 +179,8 @@ def test_a_format_is_recognised_and_renders_as_messages(renderer, row, name, pro
 
 
 def test_every_preference_of_a_row_is_kept():
-    assert [each[1] for each in RECOGNISED].count("rewardbench-2") == 2
+    six = {"prompt": Q, "chosen": list("abc"), "rejected": list("xyz"), "num_correct": 3}
+    assert read_row(six).format == "rewardbench-2"
     by_lists = read_row({"prompt": Q, "chosen": ["a", "b"], "rejected": ["x", "y"]})
     assert by_lists.preferences == [(0, 2), (0, 3), (1, 2), (1, 3)]
     nectar = next(row for row, name, *_ in RECOGNISED if name == "nectar")
@@ -231,6 +232,22 @@ def test_other_rows_are_refused_with_a_short_reason(row, message):
     with pytest.raises(ConversationError, match=message) as caught:
         read_row(row, "f:1")
     assert str(caught.value).startswith("f:1: ") and len(str(caught.value)) < 400
+
+
+HISTORY = [["Hi", "Hello"]]
+
+
+@pytest.mark.parametrize("history", [HISTORY, TALK[:2], repr(TALK[:2])])
+def test_history_is_the_turns_before_a_prompt_and_is_not_dropped_beside_messages(history):
+    assert read_row({"prompt": Q, "history": history, **PAIR}).prompt == TALK
+    whole = {"messages": [system("S"), *TALK, assistant(GOOD)], "history": history}
+    assert read_row(whole).conversations == [whole["messages"]]
+    for row in ({"messages": [user(Q), assistant(GOOD)]}, {"conversations": [HUMAN, gpt(GOOD)]}):
+        (key,) = row
+        with pytest.raises(ConversationError, match=f"f:1: the row has {key} and history; move the turns"):
+            read_row({**row, "history": history}, "f:1")
+    with pytest.raises(ConversationError, match="history is text 'earlier'; a list of"):
+        read_row({"prompt": Q, "history": "earlier", **PAIR})
 
 
 def test_the_format_and_the_columns_can_be_given():

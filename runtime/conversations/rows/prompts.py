@@ -11,6 +11,7 @@ from runtime.conversations.conversation import (
     EmptyConversationError,
     check_conversation,
     check_message,
+    describe_value,
     location_prefix,
 )
 from runtime.conversations.policy_transcripts import (
@@ -57,7 +58,7 @@ class Prompt:
 
 def read_prompt(row: dict[str, Any], context: RowContext, keys: Sequence[str] = PROMPT_KEYS) -> Prompt:
     """The prompt from the first of `keys` that the row has, after its `system` turn and its `history`."""
-    _refuse_columns(row, context)
+    refuse_columns(row, context)
     key = next((key for key in keys if row.get(key) not in (None, [])), "")
     prompt = _read_prompt_value(row[key], key, context) if key else Prompt([])
     if keys is PROMPT_KEYS:
@@ -65,7 +66,7 @@ def read_prompt(row: dict[str, Any], context: RowContext, keys: Sequence[str] = 
     if key == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
         text = f"{row['instruction']}\n{row['input']}"  # as LLaMA-Factory joins them
         prompt = Prompt([{"role": "user", "content": text}])
-    turns = [*_read_history(row.get("history"), context), *prompt.turns]
+    turns = [*([] if key == "history" else read_history(row, context)), *prompt.turns]
     return Prompt(with_system(row, turns, context), prompt.transcript)
 
 
@@ -81,7 +82,8 @@ def with_system(row: dict[str, Any], turns: list[ChatMessage], context: RowConte
     return turns
 
 
-def _refuse_columns(row: dict[str, Any], context: RowContext) -> None:
+def refuse_columns(row: dict[str, Any], context: RowContext) -> None:
+    """Refuse images and tools, or warn that they are left out."""
     for key in ("images", "image", "videos", "audios", "tools"):
         if row.get(key) not in (None, [], {}, "", "[]", "null"):
             context.refuse(f"the row has {key}", "they are left out")
@@ -122,12 +124,20 @@ def _judge_token(token: str, text: str, name: str, context: RowContext) -> None:
     context.warn(f"{name} has {token!r}, a token of a chat template, and is read as text")
 
 
-def _read_history(value: Any, context: RowContext) -> list[ChatMessage]:
-    """Earlier exchanges: [question, answer] of LLaMA-Factory and ms-swift."""
-    if not isinstance(value, list) or not value:
+def read_history(row: dict[str, Any], context: RowContext) -> list[ChatMessage]:
+    """Earlier turns: pairs of [question, answer] as of LLaMA-Factory and ms-swift, or messages."""
+    value = row.get("history")
+    if isinstance(value, str) and (decoded := decode_messages(value, "history", context)) is not None:
+        value = decoded
+    if value in (None, []) or (isinstance(value, str) and not value.strip()):
         return []
-    if not all(isinstance(each, list) and len(each) == 2 for each in value):
-        raise unreadable(value, "history", "user", context)
+    if isinstance(value, list) and all(map(is_message, value)):
+        return read_messages(value, "history", context)
+    if not isinstance(value, list) or not all(isinstance(each, list) and len(each) == 2 for each in value):
+        raise context.error(
+            f"history is {describe_value(value)}; a list of [question, answer] or of messages was expected. Rename or "
+            "remove the column if it is something else."
+        )
     turns = [
         {"role": role, "content": text}
         for each in value

@@ -10,7 +10,15 @@ from typing import Any
 from runtime.conversations.conversation import EmptyConversationError, describe_value, location_prefix
 from runtime.conversations.rows.context import RowContext, RowReading
 from runtime.conversations.rows.message_values import decode_messages, read_messages
-from runtime.conversations.rows.prompts import PROMPT_KEYS, Prompt, continue_prompt, read_prompt, with_system
+from runtime.conversations.rows.prompts import (
+    PROMPT_KEYS,
+    Prompt,
+    continue_prompt,
+    read_history,
+    read_prompt,
+    refuse_columns,
+    with_system,
+)
 
 Row = dict[str, Any]
 Read = Callable[[Row, RowContext], RowReading]
@@ -50,7 +58,7 @@ def pair_reader(chosen: str = "chosen", rejected: str = "rejected", *prompts: st
 
 
 def read_lists(row: Row, context: RowContext) -> RowReading:
-    """RewardBench 2 and RM-Bench: lists of chosen and of rejected responses."""
+    """RewardBench 2, and RM-Bench with three styles a side: lists of chosen and of rejected responses."""
     better, worse = (named_values(key, row[key]) for key in ("chosen", "rejected"))
     return prefer(read_prompt(row, context), better, worse, context)
 
@@ -161,8 +169,12 @@ def whole_conversation(row: Row, key: str, context: RowContext) -> list[Any]:
         raise context.error(
             f"{key} is {describe_value(value)}; a list of messages was expected, each with a role and a content."
         )
-    read_prompt(row, context, ())  # refuses images and tools
-    return with_system(row, read_messages(value, key, context), context)
+    refuse_columns(row, context)
+    turns = read_messages(value, key, context)
+    earlier = read_history(row, context)
+    if earlier and [turn for turn in turns if turn["role"] != "system"][: len(earlier)] != earlier:
+        raise context.error(f"the row has {key} and history; move the turns of history to the start of {key}.")
+    return with_system(row, turns, context)
 
 
 def read_swift(row: Row, context: RowContext) -> RowReading:

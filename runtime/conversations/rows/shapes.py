@@ -58,6 +58,18 @@ SHAPES = (
         ),
     ),
     Shape(
+        "rm-bench",
+        ("chosen", "rejected"),
+        read_lists,
+        2,
+        lambda row: (
+            is_texts(row["chosen"])
+            and is_texts(row["rejected"])
+            and len(row["chosen"]) == len(row["rejected"]) == 3
+            and "num_correct" not in row
+        ),
+    ),
+    Shape(
         "rewardbench-2",
         ("chosen", "rejected"),
         read_lists,
