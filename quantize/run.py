@@ -132,10 +132,13 @@ def quantize_and_score(
     )
     if job.blocks:
         console.print(f"resuming after block {len(job.blocks) - 1}")
-    with BlockProgress(checkpoint.model_config.num_hidden_layers, len(job.blocks), console) as progress:
+    layers = checkpoint.model_config.num_hidden_layers
+    job.start_stage("blocks", layers, len(job.blocks))
+    with BlockProgress(layers, len(job.blocks), console) as progress:
         quantize_blocks(
             job, checkpoint, recipe, states, writer, progress, prefetch=inputs.plan.prefetch, gradients=gradients
         )
+    job.start_stage("scores and report", 1)
     return compute_final_scores(states, read_head(checkpoint), sample, recipe)
 
 
@@ -170,7 +173,13 @@ def read_gradients(job: Job, inputs: JobInputs, console: Console) -> ReadStatist
         )
         with progress_line(console, "gradients", MofNCompleteColumn()) as progress:
             task = progress.add_task("", total=sweep.steps, completed=sweep.finished_steps)
-            sweep.run(job.finish_gradient_pass, lambda: progress.advance(task))
+
+            def advance() -> None:
+                progress.advance(task)
+                job.advance()
+
+            job.start_stage("gradients", sweep.steps, sweep.finished_steps)
+            sweep.run(job.finish_gradient_pass, advance)
         sweep.remove_buffers()
     return lambda index: GradientStatistics(statistics_file(job.states_directory, index), recipe.device)
 

@@ -1,7 +1,8 @@
 """The state of a quantization job on disk. A job can be killed at any time and resumed after its last finished block.
 
 `job/job.json` in the output directory is replaced atomically after each block. A block counts as finished once that
-file lists it; its shard, its hidden states and its log line are on disk before.
+file lists it; its shard, its hidden states and its log line are on disk before. Other programs read `progress` and
+`finished` there; docs/quantizing.md describes them.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Job:
         check_output_directory(output)
         lock = open_locked(output / "job" / "lock", "wb", output)
         state = _read_state(output)
-        if state is None:
+        if state is None or not any(state[key] for key in ("shards", "gradient_passes", "finished")):
             state = {"schema": SCHEMA, "recipe": asdict(recipe), "threads": torch.get_num_threads()}
             state |= {"gradient_passes": 0, "shards": {}, "blocks": [], "finished": False}
         elif not resume:
@@ -116,10 +117,21 @@ class Job:
     def finished(self) -> bool:
         return self._state["finished"]
 
+    def start_stage(self, stage: str, total: int, done: int = 0) -> None:
+        """Record that a stage of `total` steps has begun, `done` of them in an earlier run."""
+        self._state["progress"] = {"stage": stage, "done": done, "total": total}
+        self._save()
+
+    def advance(self) -> None:
+        """Record that a step of the stage is done. Only other programs read it: no resume point."""
+        self._progress["done"] += 1
+        self._save()
+
     def finish_block(self, shard: str, sha256: str, metrics: dict[str, Any]) -> None:
-        """Record a block whose shard and hidden states are on disk."""
+        """Record a block whose shard and hidden states are on disk; it is a step of the current stage."""
         self._state["shards"][shard] = sha256
         self._state["blocks"].append(metrics)
+        self._progress["done"] += 1
         lines = (json.dumps(block) + "\n" for block in self.blocks)
         write_file_atomically(self.output / "job" / "blocks.jsonl", "".join(lines))
         self._save()
@@ -139,6 +151,10 @@ class Job:
         self._state["finished"] = True
         self._save()
         self._remove_states()
+
+    @property
+    def _progress(self) -> dict[str, Any]:
+        return self._state.setdefault("progress", {"stage": "", "done": 0, "total": 0})
 
     def _remove_states(self) -> None:
         remove_tree(self.states_directory)

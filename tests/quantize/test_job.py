@@ -46,6 +46,23 @@ def test_a_job_is_taken_up_where_it_stood(tmp_path):
     assert list(state["shards"].values()) == ["c" * 64, "d" * 64]
 
 
+def test_other_programs_read_how_far_it_is(tmp_path):
+    def progress() -> tuple:
+        return tuple(json.loads((tmp_path / "job" / "job.json").read_text())["progress"].values())
+
+    with Job.open(tmp_path, RECIPE, resume=False) as job:
+        job.start_stage("gradients", 6, 2)
+        assert progress() == ("gradients", 2, 6)
+        job.advance()
+        assert progress() == ("gradients", 3, 6)
+        job.finish_gradient_pass()
+        job.start_stage("blocks", 2)
+        job.finish_block("shard", "c" * 64, {"block": 0})
+        assert progress() == ("blocks", 1, 2)
+    with Job.open(tmp_path, RECIPE, resume=True):
+        assert progress() == ("blocks", 1, 2)
+
+
 def test_the_log_has_a_line_for_every_block_that_counts(tmp_path, monkeypatch):
     """Killed between the two files, the log may be one line ahead, never behind."""
     with Job.open(tmp_path, RECIPE, resume=False) as job:
@@ -66,6 +83,8 @@ def test_a_second_start_is_refused_and_told_how_to_go_on(tmp_path):
 
 def test_what_stopped_before_its_first_shard_may_begin_with_other_arguments(tmp_path):
     with Job.open(tmp_path, RECIPE, resume=False) as job:
+        job.start_stage("gradients", 6)
+        job.advance()
         (job.states_directory / "reference.0.bin").write_bytes(b"of another size")
     with Job.open(tmp_path, replace(RECIPE, bits=8), resume=False) as job:
         assert list(job.states_directory.iterdir()) == []
