@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", help="directory, hub id such as Qwen/WorldPM-72B, or `demo` (default)")
+    group.add_argument("--model", help="directory, hub id (OWNER/NAME or OWNER/NAME@REVISION), or `demo` (default)")
     group.add_argument(
         "--bits",
         type=_bits,
@@ -99,8 +99,8 @@ def _add_conversations(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--calibration",
         metavar="FILE",
-        help="preference pairs: JSONL, JSON, CSV or Parquet in TRL's formats, or a hub dataset id "
-        "(default: the bundled pairs)",
+        help="preference pairs: JSONL, JSON, CSV or Parquet in TRL's formats, or a hub dataset id, "
+        "OWNER/NAME or OWNER/NAME@REVISION (default: the bundled pairs)",
     )
     group.add_argument(
         "--rows",

@@ -69,7 +69,10 @@ def parse(argv: list[str] | None = None) -> ParityOptions:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("python -m runtime.parity", DESCRIPTION, EXAMPLES)
     parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="a directory, a hub id such as Qwen/WorldPM-72B, or `demo`"
+        "models",
+        metavar="MODEL",
+        nargs="+",
+        help="a directory, a hub id (OWNER/NAME or OWNER/NAME@REVISION), or `demo`",
     )
     _add_reference(parser.add_argument_group("reference"))
     _add_report(parser.add_argument_group("report"))

@@ -111,7 +111,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", help="a directory, a hub id such as Qwen/WorldPM-72B, or `demo` (default)")
+    group.add_argument("--model", help="a directory, a hub id (OWNER/NAME or OWNER/NAME@REVISION), or `demo` (default)")
     add_model_arguments(
         group,
         "; rows are read, scored and written in windows of at least four times as many tokens, more where blocks are "

@@ -94,7 +94,7 @@ class Scorer:
         """Load a 16-bit or quantized checkpoint.
 
         Args:
-            source: a directory, a hub id such as `Qwen/WorldPM-72B`, or `demo`.
+            source: a directory, a hub id such as `Qwen/WorldPM-72B` or `Qwen/WorldPM-72B@main`, or `demo`.
             devices: `auto`, `cpu`, or CUDA devices such as `cuda:0` or `cuda:0,cuda:1`. Blocks are split over several
                 devices. Blocks that do not fit are streamed for every call.
             memory: memory limit per device, such as `{"cuda:0": "20GiB"}` or `cuda:0=20GiB,cpu=40GiB`, where `cpu` is

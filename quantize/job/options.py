@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.common.errors import ConfigurationError
+from runtime.common.hub import short_name
 from runtime.conversations.rows.context import RowOptions
 
 METHODS = ("gptq", "nf4", "int8", "rtn")
@@ -94,5 +95,5 @@ class QuantizeOptions:
         """`output`, or `output/NAME-METHOD`, with the number of bits if the method leaves it open."""
         if self.output is not None:
             return self.output
-        name = f"{Path(self.source).name.lower()}-{self.method}"
+        name = f"{short_name(self.source).lower()}-{self.method}"
         return Path("output") / (name if self.method in FIXED_BITS else f"{name}-{self.bits:g}bit")

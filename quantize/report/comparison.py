@@ -49,13 +49,14 @@ def reference_scores(inputs: JobInputs, final_scores: FinalScores) -> ReferenceS
 
 
 def _subject(inputs: JobInputs, quantization: QuantizationConfig) -> Subject:
+    commit = inputs.checkpoint.commit
     return Subject.from_configs(
         inputs.checkpoint.name,
         inputs.checkpoint.model_config,
         quantization,
         method=inputs.recipe.method,
         reference_dtype=describe_precision(inputs.checkpoint, inputs.recipe.dtype),
-        settings=inputs.recipe.choices(),
+        settings=inputs.recipe.choices() | ({"base_commit": commit} if commit else {}),
     )
 
 

@@ -160,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MODEL",
-        help="directory, hub id, or `demo` for the 16-bit demo; repeat for several models, the first is the default "
-        "(without it: the demo's 4-bit variant)",
+        help="directory, hub id (OWNER/NAME or OWNER/NAME@REVISION), or `demo` for the 16-bit demo; repeat for several "
+        "models, the first is the default (without it: the demo's 4-bit variant)",
     )
     add_model_arguments(models)
     return parser

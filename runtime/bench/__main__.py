@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--json", action="store_true", help="print one JSON line in place of the table")
     group = parser.add_argument_group("model and machine")
-    group.add_argument("--model", help="a directory, a hub id such as Qwen/WorldPM-72B, or `demo` (default)")
+    group.add_argument("--model", help="a directory, a hub id (OWNER/NAME or OWNER/NAME@REVISION), or `demo` (default)")
     add_model_arguments(group)
     return parser
 

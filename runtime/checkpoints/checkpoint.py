@@ -23,6 +23,7 @@ from runtime.checkpoints.source import checkpoint_name, find_directory
 from runtime.checkpoints.tensor_spec import check_layout, is_ignored, read_nf4_quant_state
 from runtime.common.errors import CheckpointError, brief, printable
 from runtime.common.files import sha256_of
+from runtime.common.hub import downloaded_commit
 from runtime.common.json_object import read_json_object
 from runtime.conversations.rendering import Renderer
 
@@ -98,6 +99,11 @@ class Checkpoint:
         """Return the tokenizer and chat template files that exist."""
         return [path for file in TOKENIZER_FILES if (path := self.directory / file).is_file()]
 
+    @property
+    def commit(self) -> str | None:
+        """The commit on the hub that it was downloaded from; None if it is a local directory."""
+        return downloaded_commit(self.directory)
+
     def fingerprint(self) -> str:
         """Return a SHA-256 over config.json, tokenizer, chat template, the shards' headers, and the score head's bytes.
 
@@ -115,7 +121,7 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open a reward model: a directory, a hub id such as `Qwen/WorldPM-72B`, or `demo`.
+    """Open a reward model: a directory, a hub id such as `Qwen/WorldPM-72B` or `Qwen/WorldPM-72B@main`, or `demo`.
 
     Raises:
         CheckpointError: it cannot be found or downloaded, is damaged, or is not a complete reward model.

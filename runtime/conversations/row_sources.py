@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import glob
-import re
 from pathlib import Path
 
 from runtime.common.errors import ConversationError
+from runtime.common.hub import HubId
 
 INPUT_SUFFIXES = (
     *(".jsonl", ".jsonl.gz", ".jsonl.zst"),
@@ -15,8 +15,6 @@ INPUT_SUFFIXES = (
 )
 METADATA_FILES = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")
 """Files that the `datasets` library writes beside the rows."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def is_row_file(path: Path) -> bool:
@@ -46,12 +44,13 @@ def find_rows(source: str | Path, names: str = "") -> str:
     """
     path = local_path(source)
     if not path.exists() and not glob.has_magic(str(path)):
-        if is_row_file(path) or isinstance(source, Path) or not _HUB_ID.fullmatch(source):
+        data_set = None if is_row_file(path) else HubId.parse(source)
+        if data_set is None:
             raise ConversationError(
                 f"{source} does not exist; a file ({', '.join(INPUT_SUFFIXES)}), a directory of them, or a hub "
-                "data set such as owner/name was expected."
+                "data set such as owner/name or owner/name@revision was expected."
             )
-        path = _fetch(source, names)
+        path = _fetch(data_set, names)
     if names and path.is_dir() and any(path.rglob(names)):
         return f"{glob.escape(str(path))}/**/{names}"
     return str(path)
@@ -81,24 +80,15 @@ def _has_rows(path: Path) -> bool:
     return is_row_file(path) and path.is_file() and path.name not in METADATA_FILES and not path.name.startswith(".")
 
 
-def _fetch(source: str, names: str) -> Path:
+def _fetch(data_set: HubId, names: str) -> Path:
     """Download the row files of a hub data set, without its loading script, and return the local directory."""
-    from huggingface_hub import snapshot_download  # here because the import is slow
-
-    name, _, revision = source.partition("@")
+    patterns = [f"*{names}"] if names else [f"*{suffix}" for suffix in INPUT_SUFFIXES]
     try:
-        return Path(
-            snapshot_download(
-                name,
-                repo_type="dataset",
-                revision=revision or None,
-                allow_patterns=[f"*{names}"] if names else [f"*{suffix}" for suffix in INPUT_SUFFIXES],
-                ignore_patterns=list(METADATA_FILES),
-            )
-        )
+        return data_set.download(patterns, METADATA_FILES, repo_type="dataset")
     except Exception as error:  # of the client, its HTTP library, or the OS
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise ConversationError(
-            f"the data set {source} is no local path and could not be downloaded from the hub ({reason}); on a machine "
-            f"with network access, run `hf download --repo-type dataset {name} --local-dir DIR`, and give DIR instead."
+            f"the data set {data_set.name} is no local path and could not be downloaded from the hub ({reason}); on a "
+            f"machine with network access, run `hf download --repo-type dataset {data_set.name} --local-dir DIR`, and "
+            "give DIR instead."
         ) from error

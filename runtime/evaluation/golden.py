@@ -72,10 +72,10 @@ def match_name(original: str, *, allow_suffix: bool = False) -> str | None:
     """The published name of a WorldPM model, or None.
 
     Args:
-        original: a hub id or directory name; case and owner are ignored.
+        original: a hub id or directory name; case, owner and revision are ignored.
         allow_suffix: also match names that continue after a hyphen, such as ``WorldPM-72B-GPTQ-Int4``.
     """
-    found = Path(original).name.casefold()
+    found = Path(original.partition("@")[0]).name.casefold()
     for name in sorted(PUBLISHED_SCORES, key=len, reverse=True):  # longest first: WorldPM-72B is a prefix of the others
         base_name = Path(name).name.casefold()
         if found == base_name or (allow_suffix and found.startswith(f"{base_name}-")):

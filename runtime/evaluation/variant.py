@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from pydantic import JsonValue
 
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from runtime.common.hub import short_name
 from runtime.conversations.conversation import PreferencePair
 from runtime.conversations.rendering import RenderedConversation, Renderer
 from runtime.evaluation.golden import PUBLISHED_SCORES, match_name
@@ -51,7 +51,7 @@ class Variant:
         renderer = checkpoint.renderer()
         stored = ReferenceScores.load(directory) if (directory / REFERENCE_SCORES_FILE).is_file() else None
         report = read_report(directory / JSON_FILE) if stored and (directory / JSON_FILE).is_file() else None
-        return cls(source, Path(checkpoint.name).name, checkpoint, renderer, stored, report)
+        return cls(source, short_name(checkpoint.name), checkpoint, renderer, stored, report)
 
     @property
     def published_name(self) -> str | None:
@@ -82,6 +82,7 @@ class Variant:
             settings: of this run; added to those of the quantization.
         """
         original = self.report.subject if self.report else None
+        commit = {"commit": self.checkpoint.commit} if self.checkpoint.commit else {}
         return Subject.from_configs(
             self.label,
             self.checkpoint.model_config,
@@ -89,7 +90,7 @@ class Variant:
             method=original.method if original else None,
             reference=reference,
             reference_dtype=reference_dtype,
-            settings={**(original.settings if original else {}), **settings},
+            settings={**(original.settings if original else {}), **commit, **settings},
         )
 
     def render(self, pair: PreferencePair) -> RenderedPair:

@@ -34,6 +34,7 @@ def test_the_example_is_the_model_card_s():
         (BASE, False, BASE),
         ("worldpm-72b", False, BASE),
         ("somewhere/WorldPM-72B", False, BASE),
+        ("Qwen/WorldPM-72B@refs/pr/4", False, BASE),
         ("demo", False, None),
         ("WorldPM-72B-mine", False, None),
         ("WorldPM-72B-GPTQ-Int4", True, BASE),

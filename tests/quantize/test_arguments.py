@@ -93,6 +93,7 @@ def test_sizes_have_units(text: str, size: int):
         ("demo", "gptq", 4, "output/demo-gptq-4bit"),
         ("Qwen/WorldPM-72B", "gptq", 8, "output/worldpm-72b-gptq-8bit"),
         ("/models/WorldPM-72B/", "nf4", 4, "output/worldpm-72b-nf4"),
+        ("Qwen/WorldPM-72B@refs/pr/4", "nf4", 4, "output/worldpm-72b@refs-pr-4-nf4"),
         ("demo", "int8", 8, "output/demo-int8"),
         ("demo", "rtn", 4, "output/demo-rtn-4bit"),
     ],
