@@ -15,8 +15,9 @@ from runtime.common.errors import ConversationError
 from runtime.conversations import template_worker
 from runtime.conversations.chat_template import ChatTemplate
 from runtime.conversations.conversation import check_conversation
-from runtime.conversations.rendering import SCORED_TOKEN, Renderer
+from runtime.conversations.rendering import Renderer
 from runtime.conversations.rows.policy_texts import read_policy_text
+from runtime.conversations.scoring_rule import END_OF_CONVERSATION
 from tests.helpers.tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, VOCABULARY, tiny_tokenizer
 
 CONVERSATION = [
@@ -70,7 +71,7 @@ def _check_tokenizer(data: bytes, scratch: Path) -> None:
     (scratch / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     _template()  # keeps its process
     renderer = Renderer.from_directory(scratch, 512, VOCABULARY)
-    scored_id = Tokenizer.from_str(data.decode()).token_to_id(SCORED_TOKEN)
+    scored_id = Tokenizer.from_str(data.decode()).token_to_id(END_OF_CONVERSATION)
     for conversation in CONVERSATIONS:
         rendered = renderer.render(conversation)
         if not all(0 <= index < VOCABULARY for index in rendered.token_ids):
@@ -209,7 +210,9 @@ def _render(directory: Path) -> None:
             rendered = renderer.render(conversation)
         except ConversationError:
             continue
-        if renderer._special_ids[SCORED_TOKEN] != rendered.token_ids[rendered.scored_index]:
+        scored, last = rendered.token_ids[rendered.scored_index], len(rendered.token_ids) - 1
+        end_token = renderer.rule.end_token
+        if rendered.scored_index != last if end_token is None else scored != renderer._special_ids[end_token]:
             raise Violation("the scored token is another")
 
 

@@ -64,7 +64,7 @@ def read_inputs(options: QuantizeOptions) -> JobInputs:
     variant = _open_variant(options.errors_of, checkpoint)
     recipe, notes = _make_recipe(options, model_config, checkpoint.fingerprint(), selected.fingerprint(), variant)
     plan = _make_plan(model_config, recipe, _count_tokens(selected, recipe.token_budget))
-    if note := tokenizer_note(checkpoint.directory, selected.calibration):
+    if note := tokenizer_note(checkpoint.directory, selected.calibration, renderer.rule):
         notes.append(note)
     return JobInputs(checkpoint, variant, rows, selected, recipe, fit_memory(plan, options.ram_budget), notes)
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from calibration.sampling import CalibrationRow
 from runtime.conversations.conversation import ChatMessage
+from runtime.conversations.scoring_rule import ScoringRule
 
 
-def tokenizer_note(directory: Path, rows: Sequence[CalibrationRow]) -> str | None:
+def tokenizer_note(directory: Path, rows: Sequence[CalibrationRow], rule: ScoringRule) -> str | None:
     """Return a note for the user if transformers gives other token ids for some of `rows`, else None.
 
     Rows with special-token text in a message are not compared: there we differ from transformers on purpose.
@@ -28,7 +29,11 @@ def tokenizer_note(directory: Path, rows: Sequence[CalibrationRow]) -> str | Non
         return f"transformers cannot load the tokenizer ({reason}), so its token ids were not compared with ours"
     added = tuple(tokenizer.get_added_vocab())
     compared = [row for row in rows if not any(token in _text(row.conversation.messages) for token in added)]
-    differing = [row for row in compared if _token_ids(tokenizer, row.conversation.messages) != row.rendered.token_ids]
+    differing = [
+        row
+        for row in compared
+        if _token_ids(tokenizer, rule.with_system(row.conversation.messages)) != row.rendered.token_ids
+    ]
     if not differing:
         return None
     return (
@@ -43,6 +48,4 @@ def _text(messages: Sequence[ChatMessage]) -> str:
 
 
 def _token_ids(tokenizer: Any, messages: Sequence[ChatMessage]) -> list[int]:
-    """Token ids by `apply_chat_template`, with the empty system turn that we always add."""
-    empty = [] if messages[0]["role"] == "system" else [{"role": "system", "content": ""}]
-    return tokenizer.apply_chat_template([*empty, *messages], tokenize=True, return_dict=False)
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)

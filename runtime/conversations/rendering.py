@@ -2,10 +2,9 @@
 
 All entry points (commands, API, page, calibration, parity) use this module, so they score the same tokens. Rules:
 
-* The system block is always present, and empty unless the user gave one, as in training.
+* Which token is scored, and whether a missing system turn is an empty one, is a rule of the checkpoint
+  (`scoring_rule.py`). The index of the scored token is stored and never derived from padding.
 * Special-token text inside a message is encoded as plain text. It cannot close a turn or end the conversation.
-* The scored token is the last `<|endoftext|>` that the checkpoint's chat template emits. Its index is stored and never
-  derived from padding.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from tokenizers import Tokenizer
 from runtime.common.errors import CheckpointError, ConversationError
 from runtime.conversations.chat_template import ChatTemplate
 from runtime.conversations.conversation import ChatMessage, check_conversation
+from runtime.conversations.scoring_rule import ScoringRule, probe
 
-SCORED_TOKEN = "<|endoftext|>"
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 
@@ -50,7 +49,12 @@ class RenderedConversation:
 
 
 class Renderer:
-    """Renders conversations with a checkpoint's tokenizer and chat template."""
+    """Renders conversations with a checkpoint's tokenizer and chat template.
+
+    Attributes:
+        max_positions: the longest rendering in tokens.
+        rule: which token is scored.
+    """
 
     def __init__(
         self,
@@ -67,7 +71,7 @@ class Renderer:
             vocab_size: rows of the embedding; None does not check the tokenizer's ids.
 
         Raises:
-            CheckpointError: the template does not end in `<|endoftext|>`, or the tokenizer does not fit the model.
+            CheckpointError: the template does not end a conversation, or the tokenizer does not fit the model.
         """
         self.max_positions = max_positions
         self._tokenizer = tokenizer
@@ -81,15 +85,11 @@ class Renderer:
         specials = {
             token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special
         }
-        if SCORED_TOKEN not in specials:
-            raise CheckpointError(
-                f"{where}: the tokenizer has no special token {SCORED_TOKEN}, the token that is scored."
-            )
         self._special_ids = specials
         by_length = sorted(specials, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")")
         self._template = template
-        self._check_template(where)
+        self.rule = self._scoring_rule(where)
 
     @classmethod
     def from_directory(cls, directory: Path, max_positions: int, vocab_size: int | None = None) -> Renderer:
@@ -120,7 +120,7 @@ class Renderer:
         """Render a conversation that ends in the assistant's response.
 
         Args:
-            messages: the turns; an empty system turn is added if there is none.
+            messages: the turns; a missing system turn is added as `rule` says.
             truncate: drop whole turns, oldest first, until the rendering has at most `max_positions` tokens.
             where: names the conversation in errors, such as `pairs.jsonl:12`.
             allow_blank: render a blank response instead of refusing it.
@@ -129,15 +129,15 @@ class Renderer:
             ConversationError: a turn is malformed, or the rendering is too long.
         """
         check_conversation(messages, where, allow_blank=allow_blank)
-        system, *turns = _with_system(messages)
+        system, turns = _split_system(self.rule.with_system(messages))
         warnings = []
-        if system["content"]:
+        if self.rule.empty_system and system[0]["content"]:
             warnings.append("non-empty system prompt: the model was trained with an empty one")
-        token_ids = self._encode([system, *turns])
+        token_ids = self._encode([*system, *turns])
         dropped = 0
         if truncate and len(token_ids) > self.max_positions:
             dropped = self._first_that_fits(system, turns)
-            token_ids = self._encode([system, *turns[dropped:]])
+            token_ids = self._encode([*system, *turns[dropped:]])
         if len(token_ids) > self.max_positions:
             remedy = "shorten it, or allow truncation (--truncate)" if len(turns) > 2 else "shorten it"
             if truncate:
@@ -148,10 +148,14 @@ class Renderer:
             )
         if dropped:
             warnings.append(f"truncated: the oldest {dropped} turns were dropped")
-        last = len(token_ids) - 1 - token_ids[::-1].index(self._special_ids[SCORED_TOKEN])
-        return RenderedConversation(token_ids, last, warnings)
+        return RenderedConversation(token_ids, self._scored_index(token_ids), warnings)
 
-    def _first_that_fits(self, system: ChatMessage, turns: list[ChatMessage]) -> int:
+    def _scored_index(self, token_ids: list[int]) -> int:
+        if self.rule.end_token is None:
+            return len(token_ids) - 1
+        return len(token_ids) - 1 - token_ids[::-1].index(self._special_ids[self.rule.end_token])
+
+    def _first_that_fits(self, system: list[ChatMessage], turns: list[ChatMessage]) -> int:
         """Index of the oldest user turn from which the conversation fits, else of the last user turn.
 
         Bisection needs few encodings; encoding the rest for every start would be quadratic.
@@ -159,7 +163,7 @@ class Renderer:
         starts = [0, *(i for i in range(1, len(turns)) if turns[i]["role"] == "user")]
 
         def fits(start: int) -> bool:
-            return len(self._encode([system, *turns[start:]])) <= self.max_positions
+            return len(self._encode([*system, *turns[start:]])) <= self.max_positions
 
         return starts[bisect_left(starts, True, hi=len(starts) - 1, key=fits)]
 
@@ -195,22 +199,26 @@ class Renderer:
         except BaseException as error:  # the library raises bare Exception, and panics are no Exceptions
             raise ConversationError(f"the tokenizer fails on this conversation: {error!s:.300}") from error
 
-    def _check_template(self, where: str) -> None:
-        probe = [
-            {"role": "system", "content": ""},
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-        ]
+    def _scoring_rule(self, where: str) -> ScoringRule:
+        """Render two probes: one shows what the template appends to the response, the other the last token."""
+        marker = chr(_PRIVATE_USE[0][0])
         try:
-            text = self._template.render(probe)
-            self._encode(probe)  # a tokenizer that cannot encode plain text has no use
+            end = self._template.render(probe(marker)).rpartition(marker)
+            token_ids = self._encode(probe("b"))  # a tokenizer that cannot encode plain text has no use
         except ConversationError as error:
             raise CheckpointError(f"{where}: {error}") from error
-        if not text.rstrip().endswith(SCORED_TOKEN):
+        last_token = self._tokenizer.decode(token_ids[-1:], skip_special_tokens=False)
+        rule = ScoringRule.of_template(end[2] if end[1] else "", list(self._special_ids), last_token)
+        if rule is None:
             raise CheckpointError(
-                f"{where}: the chat template does not end a conversation with {SCORED_TOKEN}, the token that is "
-                "scored; restore the published chat template of the reward model."
+                f"{where}: the chat template does not end a conversation with a special token of the tokenizer, such "
+                "as <|endoftext|> or <|im_end|>; restore the published template and tokenizer of the reward model."
             )
+        if rule.end_token and rule.end_token not in self._special_ids:
+            raise CheckpointError(
+                f"{where}: the tokenizer has no special token {rule.end_token}, the token that is scored."
+            )
+        return rule
 
 
 def _check_ids(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
@@ -222,10 +230,10 @@ def _check_ids(tokenizer: Tokenizer, vocab_size: int, where: str) -> None:
         )
 
 
-def _with_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    if messages[0]["role"] == "system":
-        return list(messages)
-    return [{"role": "system", "content": ""}, *messages]
+def _split_system(messages: list[ChatMessage]) -> tuple[list[ChatMessage], list[ChatMessage]]:
+    """Split off the system turn, which truncation keeps; the first part is empty if there is none."""
+    count = int(messages[0]["role"] == "system")
+    return messages[:count], messages[count:]
 
 
 def _unused_character(messages: list[ChatMessage]) -> str:

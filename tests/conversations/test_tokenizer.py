@@ -13,7 +13,10 @@ from calibration.sampling import CalibrationRow
 from calibration.sources import ConversationRow, load_rows
 from quantize.job.tokenizer_check import tokenizer_note
 from runtime.conversations.rendering import Renderer
+from runtime.conversations.scoring_rule import END_OF_CONVERSATION, ScoringRule
 from runtime.demo.model import demo_directory
+
+WORLDPM = ScoringRule(END_OF_CONVERSATION, "the final `<|endoftext|>`")
 
 HARD = [
     "a.\n\nB",
@@ -62,16 +65,16 @@ def rows_of(directory: Path, conversations: list) -> list[CalibrationRow]:
 
 def test_other_rules_are_noted(tiny_checkpoint: Path, tmp_path: Path) -> None:
     conversations = hard_conversations()
-    assert tokenizer_note(tiny_checkpoint, rows_of(tiny_checkpoint, conversations)) is None
+    assert tokenizer_note(tiny_checkpoint, rows_of(tiny_checkpoint, conversations), WORLDPM) is None
     changed = Path(shutil.copytree(tiny_checkpoint, tmp_path / "changed"))
     rules = json.loads((changed / "tokenizer.json").read_text())
     assert rules["normalizer"] == {"type": "NFC"}
     (changed / "tokenizer.json").write_text(json.dumps(rules | {"normalizer": None}))
-    note = str(tokenizer_note(changed, rows_of(changed, conversations)))
+    note = str(tokenizer_note(changed, rows_of(changed, conversations), WORLDPM))
     assert f"for 15 of {len(conversations)} calibration rows (it uses Qwen2Tokenizer)" in note
 
 
 def test_a_tokenizer_that_transformers_cannot_load_is_noted(tiny_checkpoint: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
     (broken / "tokenizer.json").write_text("{}")
-    assert "cannot load the tokenizer" in str(tokenizer_note(broken, rows_of(tiny_checkpoint, hard_conversations())))
+    assert "cannot load the tokenizer" in str(tokenizer_note(broken, rows_of(tiny_checkpoint, hard_conversations()), WORLDPM))
