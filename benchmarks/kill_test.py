@@ -285,7 +285,8 @@ class Test:
         record = path.with_name(f"{path.name.removesuffix('.partial.jsonl')}.progress.json")
         data = path.read_bytes()
         if not record.exists():
-            return not data or self.expected.get(path.name) == digest_of(data) or ".partial" in path.name
+            name = str(path.relative_to(self.root))
+            return not data or self.expected.get(name) == digest_of(data) or ".partial" in path.name
         state = json.loads(record.read_text())
         return not state["rows"] or digest_of(data[: state["bytes"]]) == state["sha256"]
 

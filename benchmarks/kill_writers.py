@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import quantize.export
+import runtime.evaluate
 import runtime.parity
 from runtime.common.command import run_command
 from runtime.common.files import sha256_of
@@ -23,6 +24,7 @@ from runtime.execution import streaming
 from runtime.execution.block_loading import DeviceBlocks
 from runtime.execution.hidden_states import HiddenStates
 from runtime.execution.placement_plan import PlacementPlan
+from tests.helpers.benchmark_rows import judge_bench
 from tests.helpers.tiny_job import quantize as run_quantize
 from tests.helpers.tiny_job import write_job_model, write_pairs
 from tests.helpers.tiny_score import mixed_rows, score, write_jsonl
@@ -53,6 +55,7 @@ def write_inputs(place: Path) -> None:
     write_job_model(place / "model", layers=2, shards=1, intermediate=192)
     write_pairs(place / "pairs.jsonl", words=8)
     write_jsonl(place / "rows.jsonl", mixed_rows(8))
+    write_jsonl(place / "judgebench.jsonl", judge_bench(6))
     write_toy_gguf(place / "toy.gguf")
     with zipfile.ZipFile(place / "toy-0-py3-none-any.whl", "w") as archive:
         archive.write(place / "toy.gguf", "toy/toy.gguf")
@@ -73,6 +76,11 @@ def writers(place: Path) -> dict[str, Writer]:
         models = [str(place / name) for name in ("packed", "packed-too")]
         return runtime.parity.main([*models, "--devices", "cpu", "--dtype", "float32", "--output", str(root / "out")])
 
+    def evaluate(root: Path, again: bool) -> int:
+        flags = ["--benchmark", f"judgebench={place / 'judgebench.jsonl'}", "--output", str(root / "out")]
+        flags += ["--devices", "cpu", "--dtype", "float32", "--token-budget", "16", *(["--resume"] if again else [])]
+        return runtime.evaluate.main([str(place / "model"), *flags])
+
     def export(root: Path, again: bool) -> int:
         flags = ["--tensor-parallel", "2", "--output", str(root / "out")]
         return quantize.export.main([str(place / "packed"), *flags])
@@ -85,6 +93,7 @@ def writers(place: Path) -> dict[str, Writer]:
         "score-parquet": _scoring(place, "scores.parquet", ".partial.jsonl"),
         "score-streamed": _scoring(place, "scores.jsonl", "", "--stream"),
         "parity": Writer(compare),
+        "evaluate": Writer(evaluate, grows="out/judgebench/model_scores.jsonl"),
         "export": Writer(export, complete="out"),
         "demo": _building_the_demo(place / "toy-0-py3-none-any.whl", place / "head"),
     }
