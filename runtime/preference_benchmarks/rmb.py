@@ -37,6 +37,8 @@ def judge(row: Row, scores: Sequence[float], where: str) -> list[Outcome]:
             f"{where}: category_path is {describe_value(category)}; a path that starts with "
             f"{', '.join(SECTIONS.values())} was expected."
         )
+    if len(scores) < 2:
+        raise ConversationError(f"{where}: loser_list is an empty list; the responses that lose were expected.")
     return [Outcome(category, scores[0] > max(scores[1:]))]
 
 

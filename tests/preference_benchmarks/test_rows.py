@@ -83,6 +83,7 @@ def test_no_value_of_a_key_is_a_traceback(tmp_path, seed):
         ("rm-bench", {"domain": "cooking"}, "domain is text 'cooking'; one of chat, code, math"),
         ("rm-bench", {"chosen": ["a", "b"]}, "chosen has 2 responses; 3 styles were expected"),
         ("rmb", {"category_path": "Chat"}, "category_path is text 'Chat'; a path that starts with"),
+        ("rmb", {"bon_best": "x", "loser_list": [], "chosen": None}, "loser_list is an empty list"),
         ("judgebench", {"label": "A=B"}, "label is text 'A=B'; A>B or B>A was expected"),
         ("ppe-human", {"winner": "me"}, "winner is text 'me', which names neither"),
         (
