@@ -1,84 +1,68 @@
-"""Pad a packed model for tensor-parallel engines: `python -m quantize.export MODEL --tensor-parallel 2`."""
+"""Write a packed model for tensor-parallel engines, or upload it: `python -m quantize.export MODEL --push-to A/B`."""
 
 from __future__ import annotations
 
-import json
-import math
+import argparse
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 
-from quantize.job.resources import check_free_space
-from quantize.padding import pad_block, padded_size
-from quantize.sweep.checkpoint_writer import CheckpointWriter
-from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from runtime.checkpoints.model_config import block_prefix
-from runtime.checkpoints.quantization_config import QuantizationConfig
+from quantize.publish.push import PushOptions, push
+from quantize.tensor_parallel import export_padded
 from runtime.common.command import make_parser, run_command
 from runtime.common.errors import ConfigurationError
-from runtime.common.files import (
-    open_locked,
-    partial_path,
-    scratch_directory,
-    sync_directory,
-    write_file_atomically,
-)
-from runtime.evaluation.pairs import PARITY_PAIRS_FILE
-from runtime.evaluation.reference_scores import REFERENCE_SCORES_FILE
-from runtime.evaluation.report import JSON_FILE
-from runtime.evaluation.report_files import HTML_FILE, JUNIT_FILE
-from runtime.execution.block_loading import read_blocks
 
 DESCRIPTION = """\
-Write a GPTQ model with MLPs that split evenly over several GPUs.
+Write a GPTQ model for tensor-parallel engines, or upload a quantized model to the Hugging Face hub.
 
-Tensor-parallel engines give each GPU a share of every weight, and a share must consist of whole groups. If it would
+--tensor-parallel: engines give each GPU a share of every weight, and a share must consist of whole groups. If it would
 not, intermediate_size is raised to the next size that splits. The added weights are exactly 0, so scores do not change.
+
+--push-to: uploads the checkpoint, its reports and a model card. Conversations stay here: the compared pairs, and the
+worst pairs in the reports, are uploaded only with --include-rows. A new repository is private unless --public is given.
 """
 
 EXAMPLES = """\
 examples:
   python -m quantize.export worldpm-72b-gptq-4bit --tensor-parallel 2 --output worldpm-72b-gptq-4bit-tp2
   python -m quantize.export worldpm-72b-gptq-4bit --tensor-parallel 8 --output worldpm-72b-gptq-4bit-tp8
+  python -m quantize.export worldpm-72b-gptq-4bit --push-to me/WorldPM-72B-GPTQ-Int4 --dry-run
+  python -m quantize.export worldpm-72b-gptq-4bit --push-to me/WorldPM-72B-GPTQ-Int4 --public
 
 With groups of 128, the 72B gets an intermediate_size of 29696 for 2, 4 and 8 GPUs.
 
-exit status: 0 done; 2 an error that the message explains; 130 stopped, with nothing written
+exit status: 0 done; 2 an error that the message explains; 130 stopped: a directory is written whole or not at all, and
+the same --push-to command continues an upload
 """
-
-CARD_SECTION = """
-## Exported for tensor parallelism
-
-For {tensor_parallel} GPUs, `intermediate_size` was raised from {before} to {after}. The added weights are exactly 0, so
-the scores and all figures above are unchanged.
-"""
-
-COPIED_FILES = (JSON_FILE, HTML_FILE, JUNIT_FILE, PARITY_PAIRS_FILE, REFERENCE_SCORES_FILE)
-MANIFEST_FILE = "export.json"
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The arguments of an export.
+    """The arguments of an export: either `tensor_parallel` and `output`, or `push`.
 
     Attributes:
-        model: a GPTQ checkpoint, a directory or hub id.
+        model: a quantized checkpoint, a directory or hub id.
         tensor_parallel: number of GPUs that share every weight.
         output: directory to create.
+        push: what to upload, and where to.
 
     Raises:
-        ConfigurationError: `tensor_parallel` is below 2.
+        ConfigurationError: neither or both are given, or `tensor_parallel` is below 2.
     """
 
     model: str
-    tensor_parallel: int
-    output: Path
+    tensor_parallel: int | None
+    output: Path | None
+    push: PushOptions | None
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel < 2:
+        if (self.tensor_parallel is None) == (self.push is None):
+            raise ConfigurationError("give either --tensor-parallel N with --output DIR, or --push-to OWNER/NAME.")
+        if (self.tensor_parallel is None) != (self.output is None):
+            raise ConfigurationError("--tensor-parallel N and --output DIR go together.")
+        if self.tensor_parallel is not None and self.tensor_parallel < 2:
             raise ConfigurationError(f"--tensor-parallel is {self.tensor_parallel}; it must be at least 2.")
 
 
@@ -91,164 +75,61 @@ def parse(argv: list[str] | None = None) -> ExportOptions:
     """Parse the command line.
 
     Raises:
-        ConfigurationError: as `ExportOptions`.
+        ConfigurationError: as `ExportOptions` and `PushOptions`; or an option of --push-to without it.
     """
     parser = make_parser("python -m quantize.export", DESCRIPTION, EXAMPLES)
-    parser.add_argument("model", help="a GPTQ checkpoint: directory or hub id")
-    parser.add_argument("--tensor-parallel", type=int, required=True, metavar="N", help="GPUs that share every weight")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to create")
-    return ExportOptions(**vars(parser.parse_args(argv)))
+    parser.add_argument("model", help="a quantized checkpoint: directory or hub id")
+    padding = parser.add_argument_group("write for tensor parallelism (GPTQ only)")
+    padding.add_argument("--tensor-parallel", type=int, metavar="N", help="GPUs that share every weight")
+    padding.add_argument("--output", type=Path, metavar="DIR", help="directory to create")
+    _add_push_arguments(parser.add_argument_group("upload"))
+    arguments = vars(parser.parse_args(argv))
+    pushed = {each.name: arguments.pop(each.name) for each in fields(PushOptions)}
+    if pushed["repository"] is None and any(pushed.values()):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name, value in pushed.items() if value)
+        raise ConfigurationError(f"{flags}: only for an upload; add --push-to OWNER/NAME.")
+    return ExportOptions(**arguments, push=PushOptions(**pushed) if pushed["repository"] is not None else None)
+
+
+def _add_push_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--push-to", dest="repository", metavar="OWNER/NAME", help="repository on the hub")
+    group.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and what not and why")
+    group.add_argument(
+        "--public", action="store_true", help="create a public repository (default: private; one that exists stays)"
+    )
+    group.add_argument(
+        "--include-rows", action="store_true", help="also upload the compared conversations, here and in the reports"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace files of the repository that differ")
+    group.add_argument(
+        "--base-model", metavar="OWNER/NAME", help="the original's hub id, for the card (default: as recorded)"
+    )
+    group.add_argument("--license", metavar="ID", help="licence for the card, such as mit (default: as recorded)")
+    group.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results of worldpm-evaluate on this model, for the card",
+    )
 
 
 def export(options: ExportOptions, console: Console) -> int:
     """Run the export from end to end and return the exit status."""
-    # 1. Validate the model, the output directory and the free space.
-    checkpoint = open_checkpoint(options.model)
-    padded = pad_config(checkpoint, options.tensor_parallel)
-    before, after = (each.model_config.intermediate_size for each in (checkpoint, padded))
-    console.print(f"{checkpoint.name}: intermediate_size {before} becomes {after}, for {options.tensor_parallel} GPUs")
-    output, partial = options.output, partial_path(options.output)
-    with open_locked(output.with_name(f".{output.name}.lock"), "wb", output) as lock:
-        try:
-            with scratch_directory(partial):
-                check_output_and_space(output, checkpoint.nbytes() + added_bytes(checkpoint, padded))
-
-                # 2. Write the checkpoint to a temporary directory.
-                write_checkpoint(partial, checkpoint, padded, options.tensor_parallel, console)
-
-                # 3. Rename it to the output directory.
-                partial.rename(output)
-                sync_directory(output.parent)
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
-    console.print(f"checkpoint  {output}")
+    if options.push is not None:
+        push(options.model, options.push, console)
+    elif options.tensor_parallel is not None and options.output is not None:
+        export_padded(options.model, options.tensor_parallel, options.output, console)
+        console.print(f"checkpoint  {options.output}")
     return 0
 
 
 def resume_hint(options: ExportOptions) -> str:
     """What a stopped export left behind."""
+    if options.output is None:
+        return "what was uploaded is kept; the same command continues."
     return f"{options.output} is finished." if options.output.exists() else "nothing was written."
-
-
-def pad_config(checkpoint: Checkpoint, tensor_parallel: int) -> Checkpoint:
-    """Return the checkpoint with the padded intermediate size in its config; its tensors are not padded.
-
-    Raises:
-        ConfigurationError: the weights are not GPTQ, padding is not needed, or padding the MLP does not suffice.
-    """
-    quantization = check_gptq(checkpoint)
-    check_split(checkpoint, quantization, tensor_parallel)
-    before = checkpoint.model_config.intermediate_size
-    after = padded_size(before, common_group_size(quantization), tensor_parallel)
-    if after == before:
-        raise ConfigurationError(
-            f"{checkpoint.name}: intermediate_size {before} already splits over {tensor_parallel} GPUs; serve this "
-            "checkpoint."
-        )
-    return replace(
-        checkpoint,
-        config=checkpoint.config | {"intermediate_size": after},
-        model_config=replace(checkpoint.model_config, intermediate_size=after),
-    )
-
-
-def check_gptq(checkpoint: Checkpoint) -> QuantizationConfig:
-    """Return the quantization config. Raise ConfigurationError if the weights are not GPTQ."""
-    quantization = checkpoint.quantization
-    if quantization is None:
-        raise ConfigurationError(
-            f"{checkpoint.name} is not quantized, and 16-bit weights need no padding; serve it as it is."
-        )
-    if quantization.method != "gptq":
-        raise ConfigurationError(
-            f"{checkpoint.name} has bitsandbytes {quantization.method} weights, which engines do not split over GPUs; "
-            "quantize with --method gptq."
-        )
-    return quantization
-
-
-def common_group_size(quantization: QuantizationConfig) -> int:
-    """The least common multiple of the group sizes of all linears; 1 if all linears have one group."""
-    sizes = (quantization.group_size, *(each.quantization.group_size for each in quantization.overrides))
-    return math.lcm(*(max(size, 1) for size in sizes))
-
-
-def check_split(checkpoint: Checkpoint, quantization: QuantizationConfig, tensor_parallel: int) -> None:
-    """Raise ConfigurationError if attention does not split over the GPUs, because padding the MLP cannot help then."""
-    config, group_size = checkpoint.model_config, common_group_size(quantization)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % tensor_parallel or (kv_heads % tensor_parallel and tensor_parallel % kv_heads):
-        problem = f"{heads} attention heads and {kv_heads} key-value heads"
-    elif config.hidden_size // tensor_parallel % group_size:
-        problem = f"o_proj's {config.hidden_size} inputs in groups of {group_size}"
-    else:
-        return
-    raise ConfigurationError(
-        f"{checkpoint.name}: {problem} do not split over {tensor_parallel} GPUs for any intermediate_size; choose "
-        "another --tensor-parallel."
-    )
-
-
-def added_bytes(checkpoint: Checkpoint, padded: Checkpoint) -> int:
-    """Bytes that padding adds to all blocks."""
-    quantization = check_gptq(checkpoint)
-    blocks = range(checkpoint.model_config.num_hidden_layers)
-    old, new = (
-        sum(quantization.block_bytes(each.model_config, index) for index in blocks) for each in (checkpoint, padded)
-    )
-    return new - old
-
-
-def check_output_and_space(output: Path, nbytes: int) -> None:
-    """Raise ConfigurationError if `output` exists or its disk has less than `nbytes` free."""
-    if output.exists():
-        raise ConfigurationError(f"{output} exists; remove it or choose another --output.")
-    check_free_space(output.absolute(), nbytes, "free some space or choose an --output on another disk")
-
-
-def write_checkpoint(
-    directory: Path, checkpoint: Checkpoint, padded: Checkpoint, tensor_parallel: int, console: Console
-) -> None:
-    """Write shards, reports and manifest to `directory`, then validate the checkpoint."""
-    shards = write_shards(CheckpointWriter(directory, padded, check_gptq(checkpoint)), checkpoint, console)
-    sizes = {
-        "tensor_parallel": tensor_parallel,
-        "before": checkpoint.model_config.intermediate_size,
-        "after": padded.model_config.intermediate_size,
-    }
-    copy_reports(checkpoint, directory, sizes)
-    manifest = {"schema": 1, "model": checkpoint.name, "fingerprint": checkpoint.fingerprint()}
-    text = json.dumps(manifest | sizes | {"shards": shards}, indent=1) + "\n"
-    write_file_atomically(directory / MANIFEST_FILE, text)
-    open_checkpoint(directory)  # validates every header and shape, and the head
-
-
-def write_shards(writer: CheckpointWriter, checkpoint: Checkpoint, console: Console) -> dict[str, str]:
-    """Write all tensors, index, config and tokenizer. Return the sha256 of each shard by file name."""
-    count, size = checkpoint.model_config.num_hidden_layers, writer.source.model_config.intermediate_size
-    shards = dict([writer.write_embedding()])
-    blocks = read_blocks(checkpoint)
-    for index, block in track(
-        blocks, "padding", count, console=console, transient=True, disable=not console.is_terminal
-    ):
-        padded = pad_block(block, writer.quantization.of_block(index), size)
-        name, digest = writer.write_shard(index + 1, {block_prefix(index) + key: padded[key] for key in padded})
-        shards[name] = digest
-    shards |= [writer.write_head()]
-    writer.write_index(shards)
-    writer.write_config()
-    writer.copy_tokenizer()
-    return shards
-
-
-def copy_reports(checkpoint: Checkpoint, output: Path, sizes: dict[str, int]) -> None:
-    """Copy reports and reference scores unchanged, and the model card with a section on the export."""
-    for name in COPIED_FILES:
-        if (checkpoint.directory / name).is_file():
-            write_file_atomically(output / name, (checkpoint.directory / name).read_bytes())
-    model_card = checkpoint.directory / "README.md"
-    text = model_card.read_text(encoding="utf-8") if model_card.is_file() else f"# {checkpoint.name}\n"
-    write_file_atomically(output / "README.md", text + CARD_SECTION.format(**sizes))
 
 
 if __name__ == "__main__":

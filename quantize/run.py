@@ -27,7 +27,7 @@ from quantize.job.resources import check_disk, fit_memory
 from quantize.job.state import Job, check_output_directory
 from quantize.report.comparison import build_parity_report, reference_scores
 from quantize.report.head_recalibration import head_tensors
-from quantize.report.model_card import describe_variant, render_card
+from quantize.report.model_card import CARD_FILE, describe_variant, render_card
 from quantize.report.scores import FinalScores, compute_final_scores
 from quantize.sweep.blocks import quantize_blocks
 from quantize.sweep.checkpoint_writer import CheckpointWriter
@@ -210,8 +210,8 @@ def write_remaining_files(
         write_report(report, job.output)
         write_pairs((each.pair for each in inputs.sample.parity), job.output)
     variant = describe_variant(report, inputs.recipe)
-    model_card = render_card(inputs.recipe, inputs.checkpoint.name, variant, report, kit_version())
-    write_file_atomically(job.output / "README.md", model_card)
+    model_card = render_card(inputs.recipe, inputs.checkpoint, variant, report, kit_version())
+    write_file_atomically(job.output / CARD_FILE, model_card)
     open_checkpoint(job.output)  # validates every header and shape, and the head
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from runtime.common.errors import USER_FIXABLE_ERRNOS, CheckpointError
 from runtime.common.hub import HubId
 
-ALLOWED_FILES = ("*.safetensors", "*.json", "merges.txt", "*.jinja", "parity_pairs.jsonl")
+ALLOWED_FILES = ("*.safetensors", "*.json", "merges.txt", "*.jinja", "parity_pairs.jsonl", "README.md")
 
 
 def must_download(source: str | Path) -> bool:

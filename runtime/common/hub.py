@@ -29,6 +29,18 @@ class HubId:
         found = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
         return None if found is None or Path(source).exists() else cls(found[1], found[2])
 
+    @staticmethod
+    def is_repository(name: str) -> bool:
+        """Whether the hub accepts `name` as `owner/name`."""
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            return False
+        return "/" in name
+
     @property
     def label(self) -> str:
         """A short name that may be part of a file's name: `name` or `name@revision`."""

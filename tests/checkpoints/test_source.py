@@ -21,7 +21,7 @@ def test_a_hub_id_downloads_weights_and_json_only(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     checkpoint = open_checkpoint("Qwen/WorldPM-72B")
     assert checkpoint.name == requested["model_id"] == "Qwen/WorldPM-72B"
-    assert requested["allow"] == ["*.safetensors", "*.json", "merges.txt", "*.jinja", "parity_pairs.jsonl"]
+    assert requested["allow"] == ["*.safetensors", "*.json", "merges.txt", "*.jinja", "parity_pairs.jsonl", "README.md"]
     assert requested["ignore"] == ["*/*"]
     assert requested["revision"] is None
     read_config("Qwen/WorldPM-72B@v1.0")

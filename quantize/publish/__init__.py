@@ -1,0 +1,1 @@
+"""Publish a quantized checkpoint on the Hugging Face hub."""
