@@ -71,6 +71,7 @@ def parse(argv: list[str] | None = None) -> ScoreOptions:
         actors=arguments.actors,
         model_options=ModelOptions.from_arguments(arguments),
         row_options=read_row_options(arguments),
+        escape_formulas=arguments.escape_formulas,
     )
 
 
@@ -103,6 +104,12 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--output", type=Path, metavar="FILE", help=f"{', '.join(OUTPUT_SUFFIXES)} (default: JSONL on standard output)"
     )
     group.add_argument("--resume", action="store_true", help="continue a partly written --output")
+    group.add_argument(
+        "--escape-formulas",
+        action="store_true",
+        help="for CSV that a spreadsheet opens: put an apostrophe before texts that begin with =, +, -, @, a tab or a "
+        "line break, which it would run as formulas; numbers stay numbers",
+    )
     group.add_argument(
         "--json",
         action="store_true",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,8 @@ from runtime.common.files import atomic_file
 OUTPUT_SUFFIXES = (".jsonl", ".csv", ".parquet")
 CSV_HEADER = (",".join(COLUMNS) + "\n").encode()
 _GROUP_ROWS = 16_384
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
 
 
 def is_scores_file(path: Path) -> bool:
@@ -36,9 +39,15 @@ def encode_jsonl(records: Iterable[OutputRecord]) -> bytes:
     return "".join(lines).encode(errors="backslashreplace")  # a lone surrogate becomes its JSON escape
 
 
-def encode_csv(records: Iterable[OutputRecord]) -> bytes:
-    """One line per record, in the columns of `CSV_HEADER`. Lists and labels are JSON; other cells may be empty."""
-    lines = (",".join(_cell(record.get(column, "")) for column in COLUMNS) + "\n" for record in records)
+def encode_csv(records: Iterable[OutputRecord], *, escape_formulas: bool = False) -> bytes:
+    """One line per record, in the columns of `CSV_HEADER`. Lists and labels are JSON; other cells may be empty.
+
+    Args:
+        escape_formulas: put an apostrophe before texts that a spreadsheet takes for formulas.
+    """
+    lines = (
+        ",".join(_cell(record.get(column, ""), escape_formulas) for column in COLUMNS) + "\n" for record in records
+    )
     return "".join(lines).encode(errors="backslashreplace")
 
 
@@ -87,7 +96,9 @@ def _with_texts(record: OutputRecord) -> OutputRecord:
     return record | {key: convert(record[key]) for key, convert in texts.items() if key in record}
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, escape_formulas: bool) -> str:
     """A CSV cell, quoted where it must be. The csv module does not quote a carriage return, which ends a line."""
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
+    if escape_formulas and text.startswith(_FORMULA_STARTS) and not _NUMBER.fullmatch(text):
+        text = "'" + text
     return '"' + text.replace('"', '""') + '"' if any(character in text for character in ',"\r\n') else text

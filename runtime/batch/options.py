@@ -27,6 +27,7 @@ class ScoreOptions:
         engine: score in this process, or on a Ray cluster.
         actors: number of Ray actors; None for one per GPU, or one per machine.
         row_options: how rows are read.
+        escape_formulas: put an apostrophe before CSV cells that a spreadsheet takes for formulas.
         model_options: placement and dtype; with Ray, of each actor's model.
 
     Raises:
@@ -44,6 +45,7 @@ class ScoreOptions:
     actors: int | None = None
     model_options: ModelOptions = field(default_factory=ModelOptions)
     row_options: RowOptions = RowOptions()
+    escape_formulas: bool = False
 
     def __post_init__(self) -> None:
         if self.output is None and self.resume:
@@ -56,6 +58,11 @@ class ScoreOptions:
             raise ConfigurationError(
                 f"--output is {self.output}, inside the directory of the input, where it would be read as input; "
                 "choose another directory."
+            )
+        if self.escape_formulas and (self.output is None or self.output.suffix != ".csv"):
+            raise ConfigurationError(
+                f"--escape-formulas was given, but --output is {self.output or 'standard output'}; only cells of CSV "
+                "can be formulas. Name a .csv file, or remove the option."
             )
         if self.actors is not None and self.engine != "ray":
             raise ConfigurationError("--actors was given without --engine ray; add --engine ray or remove --actors.")

@@ -11,13 +11,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 
-from runtime.batch.formats import CSV_HEADER, ENCODERS, encode_jsonl, is_scores_file, write_parquet
+from runtime.batch.formats import CSV_HEADER, ENCODERS, encode_csv, encode_jsonl, is_scores_file, write_parquet
 from runtime.batch.output_state import OutputState, progress_path
 from runtime.batch.row import OutputRecord
 from runtime.common.errors import USER_FIXABLE_ERRNOS, JobError, KitError, describe_os_error
@@ -80,12 +81,13 @@ class OutputFile:
     any rows. If neither this run nor an earlier one wrote rows, no file is left.
     """
 
-    def __init__(self, path: Path, recipe: dict[str, Any], *, resume: bool):
+    def __init__(self, path: Path, recipe: dict[str, Any], *, resume: bool, escape_formulas: bool = False):
         """Start or resume an output.
 
         Args:
             path: ends in `.jsonl`, `.csv` or `.parquet`.
             recipe: the options that determine the scores; a resumed run must have the same.
+            escape_formulas: as in `encode_csv`, for CSV.
 
         Raises:
             JobError: `path` has rows but `resume` is False; or it is finished, in use, modified, not writable, or was
@@ -93,7 +95,9 @@ class OutputFile:
         """
         self.path = path
         self._rows_path = _rows_path(path)
-        self._encode = ENCODERS[self._rows_path.suffix]
+        self._encode = (
+            partial(encode_csv, escape_formulas=True) if escape_formulas else ENCODERS[self._rows_path.suffix]
+        )
         self._sha256 = hashlib.sha256()
         self._file = open_locked(self._rows_path, "ab+", path)
         try:

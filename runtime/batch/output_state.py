@@ -89,8 +89,8 @@ class OutputState:
         """
         changes = [
             "the model differs (--model)" if name == "model" else f"{name} was {old!r} and is now {recipe.get(name)!r}"
-            for name, old in self.recipe.items()
-            if recipe.get(name) != old
+            for name in dict.fromkeys([*self.recipe, *recipe])  # options that were not used are absent
+            if recipe.get(name) != (old := self.recipe.get(name))
         ]
         if changes:
             raise JobError(

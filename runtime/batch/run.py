@@ -127,7 +127,9 @@ def open_output(options: ScoreOptions, checkpoint: Checkpoint, plan: PlacementPl
             "lenient": row_options.lenient,
             "allow_blank": row_options.allow_blank,
         }
-    return OutputFile(options.output, recipe, resume=options.resume)
+    if options.escape_formulas:
+        recipe["escape_formulas"] = True
+    return OutputFile(options.output, recipe, resume=options.resume, escape_formulas=options.escape_formulas)
 
 
 def score_rows(

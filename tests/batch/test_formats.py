@@ -85,3 +85,22 @@ def test_any_id_reads_back(tmp_path, text):
     assert [dict(zip(header, row, strict=True))["id"] for row in rows] == [written, "b"]
     assert [dict(zip(header, row, strict=True))["score"] for row in rows] == ["-0.5", "1e-09"]
     assert [json.loads(line) for line in encode_jsonl(records).splitlines()] == records
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\tx", "\r=1", "\n=1", '=HYPERLINK("a","b")']
+)
+def test_formulas_are_escaped_on_request(text):
+    records = [{"where": "=f.jsonl:1", "id": text, "category": text, "score": -0.5, "margin": -1e-9, "error": text}]
+    for escape in (False, True):
+        encoded = (CSV_HEADER + encode_csv(records, escape_formulas=escape)).decode()
+        (row,) = csv.DictReader(io.StringIO(encoded, newline=""))
+        assert row["id"] == row["category"] == row["error"] == ("'" + text if escape else text)
+        assert row["where"] == ("'" if escape else "") + "=f.jsonl:1"
+        assert (row["score"], row["margin"]) == ("-0.5", "-1e-09")
+
+
+@pytest.mark.parametrize("text", ["-5", "+1.5", "-.5", "-1e-09", "plain", "a=b", "", "5", "-5.", "[1]"])
+def test_numbers_and_other_texts_are_not_escaped(text):
+    record = {"where": "f:1", "id": text}
+    assert encode_csv([record], escape_formulas=True) == encode_csv([record])

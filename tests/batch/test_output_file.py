@@ -153,6 +153,7 @@ def test_an_empty_file_is_taken(path, whole):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"format": "pair"}, r"format was None and is now 'pair'"),
         ({"model": "beef"}, r"the model differs \(--model\)"),
         ({"dtype": "float32", "truncate": True}, "dtype was 'auto' and is now 'float32'; truncate was False"),
     ],

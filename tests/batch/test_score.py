@@ -245,6 +245,14 @@ def test_a_window_is_scored_in_one_call(scorer, monkeypatch):
     assert calls == [5]
 
 
+def test_cells_that_a_spreadsheet_would_run_are_escaped_on_request(tiny_checkpoint, tmp_path):
+    rows = [{"id": "=1+1", "prompt": "Q", "response": "A"}, {"id": -5, "prompt": "Q", "response": "A"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert score(tiny_checkpoint, path, "--output", tmp_path / "out.csv", "--escape-formulas") == 0
+    written = list(csv.DictReader((tmp_path / "out.csv").open(newline="")))
+    assert [row["id"] for row in written] == ["'=1+1", "-5"] and float(written[0]["score"])
+
+
 # ---- how it ends ----------------------------------------------------------------------------------------
 
 
@@ -255,6 +263,8 @@ def test_a_window_is_scored_in_one_call(scorer, monkeypatch):
         (("--resume",), "--resume was given without --output"),
         (("--token-budget", "0"), "--token-budget is 0"),
         (("--model", "nowhere"), "nowhere"),
+        (("--output", "out.jsonl", "--escape-formulas"), "only cells of CSV can be formulas"),
+        (("--escape-formulas",), "--output is standard output"),
         (("--actors", "2"), "--actors was given without --engine ray"),
         (("--engine", "ray", "--actors", "0"), "--actors is 0; it must be at least 1."),
     ],
