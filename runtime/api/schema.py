@@ -68,6 +68,18 @@ ModelName = Annotated[str | None, Field(description="An id of `/v1/models`; defa
 OneOrMore = Annotated[str | Annotated[list[str], Field(min_length=1)], Field()]
 """One text or a list of texts."""
 
+TextsOrTokenIds = Annotated[
+    str
+    | Annotated[list[str], Field(min_length=1)]
+    | Annotated[list[int], Field(min_length=1)]
+    | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)],
+    Field(
+        description="Conversations as text in a known chat template, or as token ids, which are scored as they are and "
+        "must end with the scored token."
+    ),
+]
+"""One conversation or a list of them, each a text or token ids."""
+
 NoActivation = Annotated[
     Literal[False] | None,
     Field(description="Must be false or absent: scores are raw, no activation is available."),

@@ -22,6 +22,7 @@ from runtime.common.errors import ConversationError, KitError
 from runtime.conversations.conversation import ChatMessage
 from runtime.conversations.rendering import RenderedConversation
 from runtime.conversations.rows.policy_texts import read_policy_text
+from runtime.conversations.token_ids import take_token_ids
 
 LOADING_RETRY_SECONDS = 5
 
@@ -32,10 +33,13 @@ class RequestConversation:
 
     Attributes:
         field: where it is in the request, such as `conversations[0]`; used in error messages.
+        messages: the turns.
+        token_ids: given in place of `messages`, which are then empty.
     """
 
     field: str
     messages: Sequence[ChatMessage]
+    token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ class RequestScorer:
             "tokens": tokens,
         }
         if self._log_text:
-            json_log.write("text", conversations=[list(each.messages) for each in conversations])
+            texts = [list(each.messages or each.token_ids) for each in conversations]
+            json_log.write("text", conversations=texts)
         try:
             scores = await self._wait_for_scores(model.submit(rendered))
         except QueueRejectedError as error:
@@ -139,8 +144,13 @@ class RequestScorer:
                     "leave out the oldest.",
                     each.field,
                 )
+            renderer, config = model.variant.renderer, model.variant.checkpoint.model_config
             try:
-                rendered.append(model.variant.renderer.render(each.messages, truncate=truncate, where=each.field))
+                rendered.append(
+                    take_token_ids(each.token_ids, renderer, config.vocab_size, each.field)
+                    if each.token_ids
+                    else renderer.render(each.messages, truncate=truncate, where=each.field)
+                )
             except ConversationError as error:
                 raise ApiError(422, str(error), each.field) from error
         return rendered
@@ -204,7 +214,7 @@ def read_texts(
 
 
 def read_input(
-    texts: str | list[str] | None, messages: list[RequestMessage] | None
+    texts: str | list[str] | list[int] | list[list[int]] | None, messages: list[RequestMessage] | None
 ) -> tuple[list[RequestConversation], str]:
     """Read the conversations from `input` or `messages`, exactly one of which is set, and return that field's name too.
 
@@ -214,4 +224,7 @@ def read_input(
     if messages is not None:
         return [RequestConversation("messages", [message.to_message() for message in messages])], "messages"
     assert texts is not None
-    return read_texts(as_list(texts), "input"), "input"
+    if isinstance(texts, str) or isinstance(texts[0], str):
+        return read_texts(as_list(texts), "input"), "input"  # type: ignore[arg-type]  # the schema allows no mixed list
+    each_ids = [texts] if isinstance(texts[0], int) else texts
+    return [RequestConversation(f"input[{row}]", [], ids) for row, ids in enumerate(each_ids)], "input"  # type: ignore[arg-type]

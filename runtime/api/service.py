@@ -43,6 +43,12 @@ class ServedModel:
         self.error_margin = _error_margin(variant)
         self._batcher = batcher
 
+    @property
+    def names(self) -> set[str]:
+        """What a request may call it, besides `name`: the source as it was given, and its directory."""
+        directory = self.variant.checkpoint.directory
+        return {self.variant.source, str(directory), str(directory.resolve())}
+
     def submit(self, rendered: Sequence[RenderedConversation]) -> Future[list[float]]:
         """Queue conversations; the future gives one score per conversation.
 
@@ -97,15 +103,20 @@ class Service:
     def get(self, name: str | None) -> ServedModel:
         """Return the model called `name`, or the default model for None.
 
+        A model also has the names of its source: the directory or hub id that the server was started with.
+
         Raises:
             KitError: no such model; the message lists the models that are served.
         """
         if name is None and self.models:
             return next(iter(self.models.values()))
-        if name not in self.models:
+        if name in self.models:
+            return self.models[name]
+        found = next((model for model in self.models.values() if name in model.names), None)
+        if found is None:
             names = ", ".join(self.models) or "none yet"
             raise KitError(f"model is {name!r}, which is not served; models: {names}.")
-        return self.models[name]
+        return found
 
     def close(self) -> None:
         """Reject new requests, and return when all accepted requests are answered."""

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from runtime.api.service import ServedModel, Service
+from runtime.conversations.rendering import RenderedConversation
 from runtime.evaluation.comparison import measure_parity
 from runtime.scorer import probability_preferred
 from tests.helpers.scored import SUBJECT, pair
@@ -46,6 +47,67 @@ REQUESTS = {
     "embeddings": ("/v1/embeddings", {"input": TEXTS[:2]}, lambda a: [each["embedding"][0] for each in a["data"]]),
     "embeddings llama": ("/v1/embeddings", {"input": LLAMA3}, lambda a: a["data"][-1]["embedding"]),
 }
+
+
+def token_ids(service: Service, response: str) -> list[int]:
+    return service.get(None).variant.renderer.render(conversation(response)).token_ids
+
+
+@pytest.mark.parametrize("path", ["/pooling", "/v1/embeddings"])
+def test_token_ids_are_scored_as_they_are(service: Service, path: str):
+    ids = [token_ids(service, each) for each in RESPONSES]
+    for given in (ids, ids[0]):
+        answer = send(api_of(service), path, {"input": given}).json()
+        key = "data" if path == "/pooling" else "embedding"
+        found = [each[key][-1] for each in answer["data"]]
+        expected = [local(service, each) for each in (RESPONSES if given is ids else RESPONSES[:1])]
+        assert [each[0] if isinstance(each, list) else each for each in found] == expected
+        assert answer["usage"]["total_tokens"] == sum(map(len, ids if given is ids else ids[:1]))
+
+
+def test_typed_tokens_as_ids_are_special_tokens(service: Service):
+    """A client may mean them; the text of a message never is."""
+    renderer = service.get(None).variant.renderer
+    end = renderer.render(conversation("b")).token_ids[-1]
+    ids = [end, *token_ids(service, "b")]
+    score = service.get(None).scorer.scores([RenderedConversation(ids, len(ids) - 1)])
+    assert [each["embedding"] for each in send(api_of(service), "/v1/embeddings", {"input": ids}).json()["data"]] == [
+        score
+    ]
+
+
+NULLS = {
+    "/v1/scores": {"truncate": None, "conversations": [conversation("a")]},
+    "/v1/comparisons": {"prompt": "q", "response_a": "a", "response_b": "b", "pairs": None, "truncate": None},
+    "/get_reward": {"query": chatml("a"), "prompts": None, "labels": None},
+    "/pooling": {"input": chatml("a"), "messages": None, "task": None, "encoding_format": None, "use_activation": None},
+    "/classify": {"input": chatml("a"), "messages": None, "text": None, "truncate_prompt_tokens": None},
+    "/score": {"queries": "q", "documents": "a", "text_1": None, "text_2": None, "activation": None},
+    "/rerank": {"query": "q", "documents": ["a"], "top_n": None, "max_tokens_per_doc": None},
+    "/v1/embeddings": {"input": chatml("a"), "encoding_format": None, "dimensions": None, "user": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", NULLS)
+def test_a_null_is_an_absent_option(service: Service, path: str):
+    body = NULLS[path] | {"model": None}
+    answer = send(api_of(service), path, body)
+    assert answer.status_code == 200, answer.text
+    absent = {name: value for name, value in body.items() if value is not None}
+    volatile = {"id", "created"}
+    both = [each.json() for each in (answer, send(api_of(service), path, absent))]
+    one, two = ({k: v for k, v in each.items() if k not in volatile} for each in both)
+    assert one == two
+
+
+def test_a_model_may_be_named_by_its_path(service: Service, tiny_checkpoint: Path):
+    for name in ("tiny", str(tiny_checkpoint), str(tiny_checkpoint.resolve())):
+        answer = send(api_of(service), "/v1/scores", {"conversations": [conversation("a")], "model": name})
+        assert answer.json()["model"] == "tiny"
+    other = send(
+        api_of(service), "/v1/scores", {"conversations": [conversation("a")], "model": str(tiny_checkpoint.parent)}
+    )
+    assert other.status_code == 404 and other.json()["error"]["message"].endswith("models: tiny.")
 
 
 @pytest.mark.parametrize("name", REQUESTS)

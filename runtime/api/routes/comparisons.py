@@ -45,7 +45,7 @@ class ComparisonsRequest(NativeRequest):
     response_b: str | None = None
     pairs: Annotated[list[Pair], Field(min_length=1)] | None = None
     model: ModelName = None
-    truncate: bool = False
+    truncate: bool | None = False
 
     @model_validator(mode="after")
     def _one_or_several(self) -> ComparisonsRequest:
@@ -99,7 +99,7 @@ async def compare_responses(body: ComparisonsRequest, scorer: RequestScorerDep) 
         for name, response in (("response_a", pair.response_a), ("response_b", pair.response_b))
     ]
     field = "prompt" if body.pairs is None else "pairs"
-    scored = await scorer.score(body.model, conversations, field, truncate=body.truncate)
+    scored = await scorer.score(body.model, conversations, field, truncate=bool(body.truncate))
     return ComparisonsAnswer(
         model=scored.model.name,
         error_margin=scored.model.error_margin,

@@ -10,20 +10,20 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from runtime.api.errors import ERROR_RESPONSES
-from runtime.api.schema import POLICY_TEXTS, CompatRequest, ModelName, OneOrMore, Usage, example
+from runtime.api.schema import POLICY_TEXTS, CompatRequest, ModelName, TextsOrTokenIds, Usage, example
 from runtime.api.scoring import RequestScorerDep, read_input
 
 router = APIRouter(tags=["OpenAI"], responses=ERROR_RESPONSES)
 
 
 class EmbeddingsRequest(CompatRequest):
-    """Conversations as text in a chat template."""
+    """Conversations as text in a chat template, or as token ids."""
 
     model_config = example({"input": POLICY_TEXTS, "encoding_format": "float"})
 
-    input: Annotated[OneOrMore, Field(description="Conversations as text in a known chat template.")]
+    input: TextsOrTokenIds
     model: ModelName = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: Literal[1] | None = None
 
 

@@ -10,7 +10,16 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field, model_validator
 
 from runtime.api.errors import ERROR_RESPONSES
-from runtime.api.schema import POLICY_TEXTS, CompatRequest, Messages, ModelName, NoActivation, OneOrMore, Usage, example
+from runtime.api.schema import (
+    POLICY_TEXTS,
+    CompatRequest,
+    Messages,
+    ModelName,
+    NoActivation,
+    TextsOrTokenIds,
+    Usage,
+    example,
+)
 from runtime.api.scoring import RequestScorerDep, read_input
 
 router = APIRouter(tags=["vLLM"], responses=ERROR_RESPONSES)
@@ -22,10 +31,10 @@ class PoolingRequest(CompatRequest):
     model_config = example({"input": POLICY_TEXTS, "task": "token_classify", "use_activation": False})
 
     model: ModelName = None
-    input: Annotated[OneOrMore | None, Field(description="Conversations as text in a known chat template.")] = None
+    input: TextsOrTokenIds | None = None
     messages: Messages | None = None
-    task: Literal["token_classify", "classify"] = "token_classify"
-    encoding_format: Literal["float"] = "float"
+    task: Literal["token_classify", "classify"] | None = "token_classify"
+    encoding_format: Literal["float"] | None = "float"
     use_activation: NoActivation = None
 
     @model_validator(mode="after")
@@ -63,7 +72,7 @@ async def pool(body: PoolingRequest, scorer: RequestScorerDep) -> PoolingAnswer:
     conversations, field = read_input(body.input, body.messages)
     scored = await scorer.score(body.model, conversations, field)
     rows: list[list[list[float]] | list[float]] = [
-        [[score]] if body.task == "token_classify" else [score] for score in scored.scores
+        [score] if body.task == "classify" else [[score]] for score in scored.scores
     ]
     return PoolingAnswer(
         id=f"pool-{uuid.uuid4().hex}",

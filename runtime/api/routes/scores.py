@@ -22,7 +22,7 @@ class ScoresRequest(NativeRequest):
     conversations: Annotated[list[Messages], Field(min_length=1)]
     model: ModelName = None
     truncate: Annotated[
-        bool, Field(description="Drop the oldest turns of a conversation that is too long, with a warning.")
+        bool | None, Field(description="Drop the oldest turns of a conversation that is too long, with a warning.")
     ] = False
 
 
@@ -42,5 +42,5 @@ async def score_conversations(body: ScoresRequest, scorer: RequestScorerDep) -> 
         RequestConversation(f"conversations[{row}]", [message.to_message() for message in messages])
         for row, messages in enumerate(body.conversations)
     ]
-    scored = await scorer.score(body.model, conversations, "conversations", truncate=body.truncate)
+    scored = await scorer.score(body.model, conversations, "conversations", truncate=bool(body.truncate))
     return ScoresAnswer(model=scored.model.name, scores=scored.scores, tokens=scored.tokens, warnings=scored.warnings)
