@@ -58,9 +58,10 @@ def run(options: ServeOptions, console: Console) -> int:
         hosts=options.host_names(),
         cors_origins=options.cors_origins,
         log_text=options.log_text,
+        root_path=options.root_path,
     )
     if options.show_page:
-        api = _add_page(api, service)
+        api = _add_page(api, service, options.root_path)
 
     # 3. Load the models in a thread while the server runs.
     loader = ModelLoader(service, options.models, options.model_options)
@@ -79,7 +80,7 @@ def run(options: ServeOptions, console: Console) -> int:
     return 2 if service.failure else 0
 
 
-def _add_page(api: FastAPI, service: Service) -> FastAPI:
+def _add_page(api: FastAPI, service: Service, root_path: str) -> FastAPI:
     try:
         from runtime.page import mount_page  # imported only here, because the API alone does not need gradio
     except ModuleNotFoundError as error:
@@ -90,7 +91,7 @@ def _add_page(api: FastAPI, service: Service) -> FastAPI:
     if "GRADIO_TEMP_DIR" not in os.environ:  # gradio's own default is a directory that all users of the machine share
         os.environ["GRADIO_TEMP_DIR"] = uploads = tempfile.mkdtemp(prefix="worldpm-uploads-")
         atexit.register(shutil.rmtree, uploads, ignore_errors=True)
-    return mount_page(api, service)
+    return mount_page(api, service, root_path=root_path)
 
 
 if __name__ == "__main__":

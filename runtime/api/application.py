@@ -14,6 +14,7 @@ from runtime.api.errors import register_error_handlers
 from runtime.api.metrics import PrometheusMetrics
 from runtime.api.middleware import BodyLimitMiddleware, RequestTracker, RequestTrackingMiddleware
 from runtime.api.options import Limits
+from runtime.api.root_path import AddRootPath, RemoveRootPath
 from runtime.api.routes import classify, comparisons, embeddings, pooling, ranking, rewards, scores, state
 from runtime.api.service import Service
 from runtime.common.version import kit_version
@@ -36,6 +37,7 @@ def make_api(
     hosts: Collection[str] | None = None,
     cors_origins: Sequence[str] = (),
     log_text: bool = False,
+    root_path: str = "",
 ) -> FastAPI:
     """Build the API over one service. A page may be mounted on the result.
 
@@ -44,6 +46,7 @@ def make_api(
         hosts: accepted host names in the Host header; None accepts any.
         cors_origins: origins whose pages may call the API.
         log_text: whether conversations are written to the log.
+        root_path: sub-path of a proxy, such as ``/reward``.
     """
     api = FastAPI(
         title="worldpm-kit",
@@ -64,6 +67,7 @@ def make_api(
     api.state.request_tracker, api.state.log_text = request_tracker, log_text
 
     # The middleware that is added last runs first.
+    api.add_middleware(AddRootPath, root_path=root_path)
     api.add_middleware(BodyLimitMiddleware, paths={path for path in paths if "post" in paths[path]}, limits=limits)
     api.add_middleware(AccessMiddleware, key=key, hosts=hosts, origins=cors_origins)
     if cors_origins:
@@ -74,6 +78,7 @@ def make_api(
             allow_headers=["Authorization", "Content-Type"],
         )
     api.add_middleware(RequestTrackingMiddleware, request_tracker=request_tracker)
+    api.add_middleware(RemoveRootPath, root_path=root_path)
     return api
 
 

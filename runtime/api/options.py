@@ -38,6 +38,10 @@ exit status: 0 stopped by Ctrl-C or SIGTERM after answering all accepted request
 """
 
 
+_ROOT_PATH = re.compile(r"(?:/[\w.~-]+)+", re.ASCII)
+_OWN_PATHS = ("v1", "v2", "docs", "gradio_api", "assets", "static")
+
+
 @dataclass(frozen=True)
 class Limits:
     """Maximum values of one request.
@@ -69,6 +73,7 @@ class ServeOptions:
         show_page: whether the page is served at `/`.
         log_text: whether conversations are written to the log.
         queue_tokens: most tokens that wait in the queue.
+        root_path: sub-path of a proxy under which clients see the server, such as ``/reward``.
     """
 
     host: str
@@ -83,6 +88,7 @@ class ServeOptions:
     queue_tokens: int
     models: tuple[str, ...]
     model_options: ModelOptions
+    root_path: str
 
     def host_names(self) -> set[str] | None:
         """Host names that a Host header may have; None allows any."""
@@ -119,6 +125,7 @@ def parse(argv: list[str] | None = None) -> ServeOptions:
         queue_tokens=arguments.queue_tokens,
         models=tuple(arguments.model),
         model_options=ModelOptions.from_arguments(arguments),
+        root_path=arguments.root_path.rstrip("/"),
     )
 
 
@@ -143,6 +150,12 @@ def _validate(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) <= 0:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigurationError(f"{flag} is {getattr(arguments, name)}; it must be greater than 0.")
+    root_path = arguments.root_path.rstrip("/")
+    if root_path and (not _ROOT_PATH.fullmatch(root_path) or root_path.split("/")[1] in _OWN_PATHS):
+        raise ConfigurationError(
+            f"--root-path is {arguments.root_path}; a path such as /reward was expected, which does not begin like a "
+            f"path of the server ({', '.join(_OWN_PATHS)})."
+        )
     for origin in arguments.cors_origin:
         if not re.fullmatch(r"https?://[^/*\s]+", origin):
             raise ConfigurationError(
@@ -196,6 +209,12 @@ def _add_network_arguments(group: argparse._ArgumentGroup) -> None:
         default=[],
         metavar="ORIGIN",
         help="origin whose pages may call the API, such as https://example.org (default: none)",
+    )
+    group.add_argument(
+        "--root-path",
+        default="",
+        metavar="PATH",
+        help="sub-path at which a proxy serves this server, such as /reward; the proxy may remove it or leave it",
     )
     group.add_argument("--no-page", action="store_true", help="serve the API only")
     group.add_argument("--log-text", action="store_true", help="write conversations to the log")

@@ -16,7 +16,7 @@ from runtime.api.batcher import QueueRejectedError, ServerStoppingError, count_t
 from runtime.api.errors import ApiError
 from runtime.api.middleware import CLIENT_CLOSED_REQUEST
 from runtime.api.options import Limits
-from runtime.api.schema import RequestMessage, as_list
+from runtime.api.schema import RequestMessage
 from runtime.api.service import ServedModel, Service
 from runtime.common.errors import ConversationError, KitError
 from runtime.conversations.conversation import ChatMessage
@@ -224,7 +224,9 @@ def read_input(
     if messages is not None:
         return [RequestConversation("messages", [message.to_message() for message in messages])], "messages"
     assert texts is not None
-    if isinstance(texts, str) or isinstance(texts[0], str):
-        return read_texts(as_list(texts), "input"), "input"  # type: ignore[arg-type]  # the schema allows no mixed list
-    each_ids = [texts] if isinstance(texts[0], int) else texts
-    return [RequestConversation(f"input[{row}]", [], ids) for row, ids in enumerate(each_ids)], "input"  # type: ignore[arg-type]
+    if isinstance(texts, str):
+        return read_texts([texts], "input"), "input"
+    values: list[Any] = [texts] if isinstance(texts[0], int) else list(texts)  # the schema allows no mixed lists
+    if isinstance(values[0], str):
+        return read_texts(values, "input"), "input"
+    return [RequestConversation(f"input[{row}]", [], ids) for row, ids in enumerate(values)], "input"

@@ -92,7 +92,7 @@ def _groups(lines: Path) -> Iterator[Sequence[OutputRecord]]:
 
 def _with_texts(record: OutputRecord) -> OutputRecord:
     """A record whose id is text and whose labels are JSON."""
-    texts = {"id": str, "labels": json.dumps}
+    texts: dict[str, Callable[[Any], str]] = {"id": str, "labels": json.dumps}
     return record | {key: convert(record[key]) for key, convert in texts.items() if key in record}
 
 

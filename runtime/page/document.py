@@ -53,11 +53,17 @@ def make_page(service: Service) -> gr.Blocks:
 
 
 def mount_page(
-    application: FastAPI, service: Service, *, path: str = "/", max_upload_size: str | int = MAX_UPLOAD_SIZE
+    application: FastAPI,
+    service: Service,
+    *,
+    path: str = "/",
+    root_path: str = "",
+    max_upload_size: str | int = MAX_UPLOAD_SIZE,
 ) -> FastAPI:
     """Mount the page in an application, whose own routes must be added before.
 
     Args:
+        root_path: sub-path of a proxy under which visitors see the page.
         max_upload_size: bytes, or text such as `64mb`.
     """
     application.add_middleware(PageHeaders)
@@ -66,6 +72,7 @@ def mount_page(
         application,
         make_page(service),
         path=path,
+        root_path=root_path or None,
         theme=make_theme(),
         head=read_head(),
         footer_links=[],

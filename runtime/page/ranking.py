@@ -123,7 +123,9 @@ def read_pasted(text: str) -> ReadResponses | None:
 
 
 def _collect(located_rows: Iterable[tuple[str, Any]]) -> ReadResponses | None:
-    prompt, responses, notes = "", [], []
+    prompt = ""
+    responses: list[str] = []
+    notes: list[str] = []
     for where, row in located_rows:
         row_prompt, added, note, several = _read_candidates(where, row)
         if prompt and row_prompt and row_prompt != prompt:
