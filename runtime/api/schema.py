@@ -19,8 +19,10 @@ class CompatRequest(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
+    use_activation: Unavailable = None
     activation: Unavailable = None
     softmax: Unavailable = None
+    normalize: Unavailable = None
     truncate_prompt_tokens: Unavailable = None
     chat_template: Unavailable = None
     max_tokens_per_doc: Unavailable = None
@@ -79,11 +81,6 @@ TextsOrTokenIds = Annotated[
     ),
 ]
 """One conversation or a list of them, each a text or token ids."""
-
-NoActivation = Annotated[
-    Literal[False] | None,
-    Field(description="Must be false or absent: scores are raw, no activation is available."),
-]
 
 
 class Usage(BaseModel):

@@ -78,6 +78,8 @@ WRONG = {
     "an activation": ("/pooling", {"input": chatml("x"), "use_activation": True}, "use_activation"),
     "vLLM's activation": ("/classify", {"input": chatml("x"), "activation": True}, "activation"),
     "vLLM's softmax": ("/pooling", {"input": chatml("x"), "softmax": True}, "softmax"),
+    "a norm": ("/v1/embeddings", {"input": chatml("x"), "normalize": True}, "normalize"),
+    "an activation of embeddings": ("/v1/embeddings", {"input": chatml("x"), "use_activation": True}, "use_activation"),
     "a truncation": ("/v1/embeddings", {"input": chatml("x"), "truncate_prompt_tokens": 4}, "truncate_prompt_tokens"),
     "a template": ("/pooling", {"messages": conversation("x"), "chat_template": "{{ messages }}"}, "chat_template"),
     "a cut": ("/rerank", {"query": "a", "documents": ["a"], "max_tokens_per_doc": 2}, "max_tokens_per_doc"),

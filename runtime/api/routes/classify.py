@@ -15,7 +15,6 @@ from runtime.api.schema import (
     CompatRequest,
     Messages,
     ModelName,
-    NoActivation,
     OneOrMore,
     Usage,
     as_list,
@@ -39,7 +38,6 @@ class ClassifyRequest(CompatRequest):
     )
     messages: Messages | None = None
     model: ModelName = None
-    use_activation: NoActivation = None
 
     @model_validator(mode="after")
     def _one(self) -> ClassifyRequest:

@@ -15,7 +15,6 @@ from runtime.api.schema import (
     CompatRequest,
     Messages,
     ModelName,
-    NoActivation,
     TextsOrTokenIds,
     Usage,
     example,
@@ -35,7 +34,6 @@ class PoolingRequest(CompatRequest):
     messages: Messages | None = None
     task: Literal["token_classify", "classify"] | None = "token_classify"
     encoding_format: Literal["float"] | None = "float"
-    use_activation: NoActivation = None
 
     @model_validator(mode="after")
     def _one(self) -> PoolingRequest:

@@ -15,7 +15,6 @@ from runtime.api.schema import (
     RESPONSES,
     CompatRequest,
     ModelName,
-    NoActivation,
     OneOrMore,
     Usage,
     as_list,
@@ -36,7 +35,6 @@ class ScoreRequest(CompatRequest):
     text_1: Annotated[OneOrMore | None, Field(description="Alias of `queries`.")] = None
     text_2: Annotated[OneOrMore | None, Field(description="Alias of `documents`.")] = None
     model: ModelName = None
-    use_activation: NoActivation = None
 
     @model_validator(mode="after")
     def _both(self) -> ScoreRequest:
@@ -98,7 +96,6 @@ class RerankRequest(CompatRequest):
         Annotated[int, Field(ge=0)] | None, Field(description="Number of documents to return, best first; 0 for all.")
     ] = None
     model: ModelName = None
-    use_activation: NoActivation = None
 
 
 class RankedText(BaseModel):
