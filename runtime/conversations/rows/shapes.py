@@ -123,10 +123,10 @@ SHAPES = (
         two_sided("human_ref_A", "human_ref_B", "labels", choice_of(1, 0), "history"),
         2,
     ),
+    Shape("ppe-best-of-k", ("response_1", "response_2", "scores"), read_numbered, 2),
     Shape(
         "ppe", ("response_1", "response_2", "winner"), two_sided("response_1", "response_2", "winner", arena_verdict), 2
     ),
-    Shape("ppe-best-of-k", ("response_1", "response_2", "scores"), read_numbered, 2),
     Shape(
         "judgebench",
         ("response_A", "response_B", "label"),
