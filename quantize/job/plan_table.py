@@ -11,24 +11,29 @@ from rich.table import Table
 from quantize.job.options import TOKENS_PER_INPUT
 from quantize.job.plan import FP32_STAGES, QuantizationPlan, widest_input
 from runtime.common.terminal import format_size
+from runtime.conversations.scoring_rule import ScoringRule
 from runtime.execution.devices import is_device_available, matmul_rate
 
 OVERHEAD = 1.3  # of the measured time over floating-point operations divided by the matmul rate
 
 
-def print_plan(plan: QuantizationPlan, model: str, output: Path, console: Console) -> None:
-    """Print disk, memory and time of the quantization."""
+def print_plan(
+    plan: QuantizationPlan, model: str, output: Path, console: Console, rule: ScoringRule | None = None
+) -> None:
+    """Print disk, memory and time of the quantization; and which token is scored, if the template is at hand."""
     table = Table(title="Plan", title_justify="left", show_header=False, title_style="bold")
     table.add_column(style="dim")
     table.add_column()
-    for name, value in plan_rows(plan, model, output):
+    for name, value in plan_rows(plan, model, output, rule):
         table.add_row(name, value)
     console.print(table)
     if warning := token_warning(plan):
         console.print(f"warning: {warning}", style="bold yellow")
 
 
-def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[str, str]]:
+def plan_rows(
+    plan: QuantizationPlan, model: str, output: Path, rule: ScoringRule | None = None
+) -> list[tuple[str, str]]:
     """Return (name, value) for each row of the table."""
     model_config, quantization, token_counts = plan.model_config, plan.quantization, plan.token_counts
     about = "about " if token_counts.estimated else ""
@@ -39,6 +44,7 @@ def plan_rows(plan: QuantizationPlan, model: str, output: Path) -> list[tuple[st
             f"{model}: {model_config.num_hidden_layers} blocks, hidden {model_config.hidden_size}, "
             f"{plan.block_weights * model_config.num_hidden_layers / 1e9:.2f} G weights in blocks",
         ),
+        *([("scored at", rule.description)] if rule else []),
         ("method", f"{quantization.method}, {plan.bits:g} bits{group}, {plan.bits_per_weight:.2f} bits a weight"),
         (
             "tokens",

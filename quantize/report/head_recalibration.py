@@ -1,14 +1,15 @@
 """Recalibrate the score head so that a quantized model's scores match the reference scores.
 
 Quantization shifts and scales scores. The score head is not quantized, so both can be corrected in its weights, at no
-cost when scoring and in every engine. The correction is fitted on the calibration rows against the reference scores,
-and kept if cross-validation shows a gain of more than one standard error (Breiman et al. 1984).
+cost when scoring and in every engine; a head without a bias is only scaled. The correction is fitted on the calibration
+rows against the reference scores, and kept if cross-validation shows a gain of more than one standard error (Breiman et
+al. 1984).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,16 +104,19 @@ def _none(head: ScoreHead, data: RecalibrationData) -> ScoreHead:
 
 
 def _affine(head: ScoreHead, data: RecalibrationData) -> ScoreHead:
-    """Fit reference = slope * score + offset by least squares and apply it to `score.2`."""
+    """Fit reference = slope * score + offset by least squares and apply it to the last linear.
+
+    A head without a bias can store no offset: it is fitted with 0.
+    """
     scores, target = head.score(data.features), data.reference_scores
-    centred = scores - scores.mean()
-    slope = (centred @ (target - target.mean())) / centred.square().sum().clamp_min(1e-12)
-    offset = target.mean() - slope * scores.mean()
-    return replace(
-        head,
-        score_2_weight=head.score_2_weight.float() * slope,
-        score_2_bias=head.score_2_bias.float() * slope + offset,
-    )
+    weight, bias = head.last_weight, head.last_bias
+    mean, target_mean = (scores.mean(), target.mean()) if bias else (0.0, 0.0)
+    centred = scores - mean
+    slope = (centred @ (target - target_mean)) / centred.square().sum().clamp_min(1e-12)
+    fitted = {weight: head.tensors[weight].float() * slope}
+    if bias:
+        fitted[bias] = head.tensors[bias].float() * slope + (target_mean - slope * mean)
+    return head.with_tensors(fitted)
 
 
 CANDIDATES: dict[str, Callable[[ScoreHead, RecalibrationData], ScoreHead]] = {"none": _none, "affine": _affine}
@@ -120,8 +124,4 @@ CANDIDATES: dict[str, Callable[[ScoreHead, RecalibrationData], ScoreHead]] = {"n
 
 def head_tensors(head: ScoreHead) -> dict[str, torch.Tensor]:
     """The head's tensors by checkpoint name, all in fp32, because some loaders fail on a head of mixed dtypes."""
-    return {
-        "score." + name.removeprefix("score_").replace("_", "."): tensor.float()
-        for name, tensor in vars(head).items()
-        if name.startswith("score_")
-    }
+    return {name: tensor.float() for name, tensor in head.tensors.items()}

@@ -31,7 +31,7 @@ CARD_TEMPLATE = """\
 
 # {model}, {description}
 
-A reward model: a conversation in, one score out, read at the final `<|endoftext|>`. Made by worldpm-kit
+A reward model: a conversation in, one score out, read at {scored_at}. Made by worldpm-kit
 {version} from the unquantized checkpoint in one sweep; the score head is not quantized.
 
 ```python
@@ -66,6 +66,7 @@ def render_card(
     recipe: Recipe,
     source: Checkpoint,
     description: str,
+    scored_at: str,
     report: ParityReport | None,
     kit: str,
     results: Sequence[EvalResult] = (),
@@ -74,6 +75,7 @@ def render_card(
 
     Args:
         source: the unquantized checkpoint; its licence is taken from its card, if it has one.
+        scored_at: describes the scored token, see `ScoringRule.description`.
         results: of other evaluations, for the metadata.
     """
     settings = recipe.choices() | ({"base model": f"{source.name}, commit {source.commit}"} if source.commit else {})
@@ -92,6 +94,7 @@ def render_card(
         directory=THIS_DIRECTORY,
         model=source.name,
         description=description,
+        scored_at=scored_at,
         version=kit,
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         parity=_parity(report) if report else "Not measured: there were no preference pairs to compare on.",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from runtime.checkpoints.checkpoint import Checkpoint
-from runtime.checkpoints.model_config import HEAD_TENSORS
+from runtime.checkpoints.heads import LINEAR_HEAD
 from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.checkpoints.safetensors_file import open_safetensors_file
 from runtime.common.files import sha256_of, write_file_atomically
@@ -52,8 +52,9 @@ class CheckpointWriter:
 
     def write_head(self, replacements: dict[str, torch.Tensor] | None = None) -> tuple[str, str]:
         """Copy final norm and score head to the last shard, with the tensors in `replacements` replaced."""
-        tensors = {name: self.source.read(name) for name in ("model.norm.weight", *HEAD_TENSORS)} | (replacements or {})
-        return self.write_shard(self.shard_count - 1, tensors)
+        names = ("model.norm.weight", *self.source.model_config.head_tensors)
+        tensors = {name: self.source.read(name) for name in names}
+        return self.write_shard(self.shard_count - 1, tensors | (replacements or {}))
 
     def write_index(self, shards: dict[str, str]) -> None:
         """Write `model.safetensors.index.json` from the headers of the shards.
@@ -72,15 +73,23 @@ class CheckpointWriter:
 
     def write_config(self) -> None:
         """Write `config.json` and `quantize_config.json`, without `auto_map`: it would run code from the checkpoint."""
-        config = {key: value for key, value in self.source.config.items() if key != "auto_map"}
-        config["architectures"] = ["Qwen2ForRewardModel"]
-        # Readers older and newer than transformers 5 look for different names.
-        dtype = str(self.source.model_config.dtype).removeprefix("torch.")
-        names = {"dtype": dtype, "torch_dtype": dtype, "rope_theta": self.source.model_config.rope_theta}
-        config = names | config
+        config, model_config = dict(self.source.config), self.source.model_config
+        config.pop("auto_map", None)
+        config["architectures"] = [model_config.architecture]
+        if model_config.head_tensors == LINEAR_HEAD:
+            config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # transformers' default is two labels
+        config |= self._in_both_spellings()
+        config["scored_token"] = self.source.renderer().rule.name
         config["quantization_config"] = self.quantization.to_config()
         write_file_atomically(self.output / "config.json", _json(config))
         write_file_atomically(self.output / "quantize_config.json", _json(self.quantization.to_config()))
+
+    def _in_both_spellings(self) -> dict[str, Any]:
+        """What readers older and newer than transformers 5 look for under different names."""
+        model_config, rope = self.source.model_config, self.source.config.get("rope_parameters") or {}
+        dtype, theta = str(model_config.dtype).removeprefix("torch."), model_config.rope_theta
+        rope_parameters = {"rope_type": "default"} | rope | {"rope_theta": theta}
+        return {"dtype": dtype, "torch_dtype": dtype, "rope_theta": theta, "rope_parameters": rope_parameters}
 
     def copy_tokenizer(self) -> None:
         """Copy tokenizer files and chat template; `tokenizer.json` without truncation and padding, else unchanged."""

@@ -76,7 +76,9 @@ class LocalEngine:
         pass
 
     def print_plan(self, console: Console) -> None:
-        print_placement(self.plan, console)
+        print_placement(self.plan, self.renderer.rule, console)
+        for note in self._checkpoint.notes:
+            console.print(f"note: {note}", style="bold")
 
     def load(self) -> None:
         self._scorer = Scorer(self._checkpoint, self.plan)

@@ -105,7 +105,7 @@ class RayEngine:
             f"{len(self._actors)} actors ({self._resource_text()} each) on {machines} machine{'s' * (machines > 1)}; "
             "each one:"
         )
-        print_placement(self.plan, console)
+        print_placement(self.plan, self.renderer.rule, console)
 
     def load(self) -> None:
         self._stack.enter_context(redirect_stdout(sys.stderr))  # Ray reports dead actors on standard output

@@ -7,29 +7,28 @@ tensor with the config, and checks that the score head is finite. Code and pickl
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from runtime.checkpoints.model_config import HEAD_TENSORS, ModelConfig, block_prefix
+from runtime.checkpoints.heads import check_no_adapter, head_of_tensors
+from runtime.checkpoints.model_config import ModelConfig, block_prefix
 from runtime.checkpoints.quantization_config import NF4_QUANT_STATE, QuantizationConfig
 from runtime.checkpoints.quantization_parsing import read_quantization_config
-from runtime.checkpoints.safetensors_file import SafetensorsFile, TensorInfo, open_safetensors_file, read_tensor
+from runtime.checkpoints.safetensors_file import SafetensorsFile, TensorInfo, read_tensor
+from runtime.checkpoints.shards import open_shards
 from runtime.checkpoints.source import checkpoint_name, find_directory
-from runtime.checkpoints.tensor_spec import check_layout, is_ignored, read_nf4_quant_state
-from runtime.common.errors import CheckpointError, brief, printable
+from runtime.checkpoints.tensor_spec import check_layout, common_dtype, is_ignored, read_nf4_quant_state
+from runtime.common.errors import CheckpointError, brief
 from runtime.common.files import sha256_of
 from runtime.common.hub import downloaded_commit
 from runtime.common.json_object import read_json_object
 from runtime.conversations.rendering import Renderer
+from runtime.conversations.scoring_rule import END_OF_CONVERSATION
 
-LONGEST_FILE_NAME = 255  # bytes; the limit of common file systems
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,7 +43,11 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint; tensors are read on request."""
+    """An opened checkpoint; tensors are read on request.
+
+    Attributes:
+        notes: for the user, on what the config says and the tensors contradict.
+    """
 
     directory: Path
     name: str
@@ -53,6 +56,7 @@ class Checkpoint:
     quantization: QuantizationConfig | None
     tensors: dict[str, TensorInfo]
     shards: tuple[SafetensorsFile, ...]
+    notes: tuple[str, ...] = ()
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor to newly allocated CPU memory. Thread-safe.
@@ -93,7 +97,16 @@ class Checkpoint:
             CheckpointError: they are missing or damaged, or do not belong to the model.
         """
         config = self.model_config
-        return Renderer.from_directory(self.directory, config.max_position_embeddings, config.vocab_size)
+        renderer = Renderer.from_directory(self.directory, config.max_position_embeddings, config.vocab_size)
+        expected = self.config.get("scored_token")
+        if expected is None and Path(self.name).name.casefold().startswith("worldpm"):
+            expected = END_OF_CONVERSATION
+        if expected not in (None, renderer.rule.name):
+            raise CheckpointError(
+                f"{self.directory}: by its chat template the score is read at {renderer.rule.description}, but this "
+                f"model's is read at {brief(expected)}; restore its published chat template."
+            )
+        return renderer
 
     def tokenizer_files(self) -> list[Path]:
         """Return the tokenizer and chat template files that exist."""
@@ -115,7 +128,7 @@ class Checkpoint:
             digest.update(f"\n{file.name} {sha256_of(file)}".encode())
         for shard in sorted(self.shards, key=lambda shard: shard.file.name):
             digest.update(f"\n{shard.file.name} {shard.size} {shard.header_sha256}".encode())
-        for name in HEAD_TENSORS:
+        for name in self.model_config.head_tensors:
             digest.update(self.read(name).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -127,15 +140,37 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         CheckpointError: it cannot be found or downloaded, is damaged, or is not a complete reward model.
     """
     directory = find_directory(source)
+    check_no_adapter(directory)
     config, model_config, quantization = _read_config(directory / "config.json")
-    shards = _open_shards(directory)
+    shards = open_shards(directory)
     stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items() if not is_ignored(name)}
+    model_config, notes = _as_stored(model_config, quantization, stored, directory)
     check_layout(stored, model_config, quantization, str(directory))
-    checkpoint = Checkpoint(directory, checkpoint_name(source), config, model_config, quantization, stored, shards)
-    for name in HEAD_TENSORS:
+    checkpoint = Checkpoint(
+        directory, checkpoint_name(source), config, model_config, quantization, stored, shards, notes
+    )
+    for name in model_config.head_tensors:
         if not bool(checkpoint.read(name).isfinite().all()):
             raise CheckpointError(f"{directory}: {name} holds a NaN or an infinity; download or train the model again.")
     return checkpoint
+
+
+def _as_stored(
+    model_config: ModelConfig,
+    quantization: QuantizationConfig | None,
+    stored: Mapping[str, TensorInfo],
+    directory: Path,
+) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Take head and dtype from the tensors; return the config and notes on a difference."""
+    model_config = replace(model_config, head_tensors=head_of_tensors(stored, str(directory)))
+    dtype = common_dtype(stored) if quantization is None else None
+    if dtype in (None, model_config.dtype):
+        return model_config, ()
+    assert dtype is not None
+    said, found = (str(each).removeprefix("torch.") for each in (model_config.dtype, dtype))
+    return replace(model_config, dtype=dtype), (
+        f"config.json says dtype {said}, but all tensors are {found} and are read as such",
+    )
 
 
 def read_config(source: str | Path) -> tuple[dict[str, Any], ModelConfig, QuantizationConfig | None]:
@@ -163,56 +198,6 @@ def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig, QuantizationC
     if not isinstance(quantization_entry, dict):
         raise CheckpointError(f"{path}: quantization_config is {brief(quantization_entry)}; an object was expected.")
     return config, model_config, read_quantization_config(quantization_entry, str(path))
-
-
-def _open_shards(directory: Path) -> tuple[SafetensorsFile, ...]:
-    """Open `model.safetensors` if it exists (as transformers does), else the shards in the index."""
-    if (directory / SINGLE_FILE).is_file():
-        return (open_safetensors_file(directory / SINGLE_FILE),)
-    index_path = directory / INDEX_FILE
-    if not index_path.is_file():
-        pickles = any(directory.glob("*.bin"))
-        remedy = "its *.bin pickles are never read, convert them" if pickles else "copy the weights there"
-        raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; {remedy}.")
-    weight_map = _read_weight_map(index_path)
-    files = sorted(set(weight_map.values()))
-    missing = [file for file in files if not (directory / file).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{directory} lacks {len(missing)} of the {len(files)} shards in its index, the first being "
-            f"{missing[0]}; download them again."
-        )
-    shards = tuple(open_safetensors_file(directory / file) for file in files)
-    _check_index(weight_map, shards, index_path)
-    return shards
-
-
-def _read_weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json_object(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map; download or write it again.")
-    for name, file in weight_map.items():
-        plain = isinstance(file, str) and file.endswith(".safetensors") and not set(file) & set("/\\\0")
-        if not plain or len(os.fsencode(printable(file))) > LONGEST_FILE_NAME:
-            raise CheckpointError(
-                f"{path} puts {name} in {brief(file)}; a .safetensors file beside the index was expected."
-            )
-    return weight_map
-
-
-def _check_index(weight_map: dict[str, str], shards: tuple[SafetensorsFile, ...], path: Path) -> None:
-    for shard in shards:
-        for name in shard.tensors:
-            if weight_map.get(name) != shard.file.name:
-                listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
-                raise CheckpointError(f"{shard.file.name} holds {name}, but {path} {listed}; download both again.")
-    held = {name for shard in shards for name in shard.tensors}
-    absent = sorted(weight_map.keys() - held)
-    if absent:
-        raise CheckpointError(
-            f"{path} lists {absent[0]} in {weight_map[absent[0]]}, which does not hold it "
-            f"({len(absent)} such tensors); download both again."
-        )
 
 
 def _check_packed_linears(

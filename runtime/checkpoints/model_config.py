@@ -1,4 +1,4 @@
-"""Shapes of a `Qwen2ForRewardModel`, read from `config.json`."""
+"""Shapes of a Qwen2 reward model, read from `config.json`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from runtime.checkpoints.heads import ARCHITECTURES, MLP_HEAD, head_of_config
 from runtime.common.errors import CheckpointError, brief
 
 BLOCK_LINEARS = (
@@ -21,7 +22,6 @@ BLOCK_LINEARS = (
 )
 BIASED_LINEARS = frozenset(BLOCK_LINEARS[:3])
 BLOCK_NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
-HEAD_TENSORS = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")
 
 LARGEST_SIZE, MOST_BLOCKS = 1 << 28, 4096  # far above any model; else a plan might count for hours
 
@@ -30,7 +30,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The parts of `config.json` that the forward pass and the tensor checks need."""
+    """The parts of `config.json` that the forward pass and the tensor checks need.
+
+    Attributes:
+        head_tensors: names of the score head's tensors, `MLP_HEAD` or `LINEAR_HEAD`.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -43,6 +47,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     dtype: torch.dtype
+    head_tensors: tuple[str, ...] = MLP_HEAD
 
     @classmethod
     def from_config(cls, config: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -70,7 +75,13 @@ class ModelConfig:
             rms_norm_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
             rope_theta=_rope_theta(config, where),
             dtype=_dtype(config, where),
+            head_tensors=head_of_config(config, where),
         )
+
+    @property
+    def architecture(self) -> str:
+        """The class of the model in transformers' terms."""
+        return ARCHITECTURES[self.head_tensors]
 
     def linear_shape(self, name: str) -> tuple[int, int]:
         """Return (out_features, in_features) of a linear in `BLOCK_LINEARS`."""
@@ -111,13 +122,17 @@ class ModelConfig:
     def non_block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return shapes by name of the embedding, final norm and score head, which are never quantized."""
         hidden = self.hidden_size
-        return {
-            "model.embed_tokens.weight": (self.vocab_size, hidden),
-            "model.norm.weight": (hidden,),
+        head = {
             "score.0.weight": (hidden, hidden),
             "score.0.bias": (hidden,),
             "score.2.weight": (1, hidden),
             "score.2.bias": (1,),
+            "score.weight": (1, hidden),
+        }
+        return {
+            "model.embed_tokens.weight": (self.vocab_size, hidden),
+            "model.norm.weight": (hidden,),
+            **{name: head[name] for name in self.head_tensors},
         }
 
 
@@ -155,27 +170,40 @@ def _number(value: object, key: str, where: str) -> float:
 def _check_supported(config: dict[str, Any], where: str) -> None:
     if config.get("model_type") != "qwen2":
         raise CheckpointError(
-            f"{where}: model_type is {brief(config.get('model_type'))}; only Qwen2 reward models "
-            "(architectures: Qwen2ForRewardModel) such as Qwen/WorldPM-72B are supported."
+            f"{where}: model_type is {brief(config.get('model_type'))}; only reward models with a Qwen2 backbone "
+            "(model_type qwen2), such as Qwen/WorldPM-72B, are supported."
         )
     if config.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{where}: hidden_act is {brief(config['hidden_act'])}; Qwen2 uses 'silu'.")
-    if config.get("use_sliding_window"):
-        raise CheckpointError(f"{where}: use_sliding_window is true; every WorldPM checkpoint has full attention.")
+    layers = config.get("layer_types") or []
+    if config.get("use_sliding_window") or any(each != "full_attention" for each in layers):
+        key = "use_sliding_window" if config.get("use_sliding_window") else "layer_types"
+        raise CheckpointError(
+            f"{where}: {key} is {brief(config[key])}; sliding windows are not supported, use a model whose layers all "
+            "have full attention."
+        )
 
 
 def _rope_theta(config: dict[str, Any], where: str) -> float:
+    """Read the base of the rotary embedding from either spelling; readers of one must not differ from the other."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise CheckpointError(f"{where}: rope_parameters is {brief(rope)}; an object was expected.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise CheckpointError(f"{where}: rope type is {brief(kind)}; only plain rotary embeddings are supported.")
-    return _number(rope.get("rope_theta", config.get("rope_theta")), "rope_theta", where)
+    values = [value for value in (rope.get("rope_theta"), config.get("rope_theta")) if value is not None]
+    theta, *others = (_number(value, "rope_theta", where) for value in values or [None])
+    if others and others != [theta]:
+        raise CheckpointError(
+            f"{where}: rope_theta is {others[0]:g}, but {theta:g} in rope_parameters; restore the original config."
+        )
+    return theta
 
 
 def _dtype(config: dict[str, Any], where: str) -> torch.dtype:
-    name = config.get("dtype") or config.get("torch_dtype")
+    """Read the dtype; without one, that of the published models, until the tensors show theirs."""
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     if name not in DTYPES:
         raise CheckpointError(f"{where}: dtype is {brief(name)}; one of {', '.join(DTYPES)} was expected.")
     return DTYPES[name]

@@ -86,7 +86,7 @@ class QuantizationConfig:
                 "checkpoint_format": self.checkpoint_format,
                 "pack_dtype": "int32",
                 "modules_in_block_to_quantize": [list(group) for group in BLOCK_LINEAR_GROUPS],
-                "dynamic": {"-:score\\..*": {}}
+                "dynamic": {"-:score": {}}
                 | {f"+:{each.pattern}": self._changed_options(each.quantization) for each in self.overrides},
             }
         config: dict[str, Any] = {

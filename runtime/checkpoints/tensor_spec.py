@@ -15,7 +15,6 @@ from runtime.checkpoints.model_config import (
     BIASED_LINEARS,
     BLOCK_LINEARS,
     BLOCK_NORMS,
-    HEAD_TENSORS,
     ModelConfig,
     block_prefix,
 )
@@ -31,7 +30,6 @@ from runtime.common.errors import CheckpointError, brief
 
 FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.")
-_QUANTIZED_SUFFIXES = ("qweight", "qzeros", "scales", "SCB", "absmax")
 
 
 def is_ignored(name: str) -> bool:
@@ -48,9 +46,8 @@ def check_layout(
     """Compare names, dtypes and shapes of the stored tensors with those that the config implies.
 
     Raises:
-        CheckpointError: the score head is missing or quantized; or tensors are missing, unexpected or different.
+        CheckpointError: tensors are missing, unexpected or different.
     """
-    check_head(tensors, where)
     _check_block_count(tensors, model_config.num_hidden_layers, where)
     expected = expected_tensors(model_config, quantization)
     missing = [name for name in expected if name not in tensors]
@@ -102,29 +99,14 @@ def _expected_block(
     return block
 
 
-def check_head(tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Check that the four tensors of the score head exist and are floating-point.
-
-    Raises:
-        CheckpointError: names the tensors that are missing or quantized.
-    """
-    quantized = [
-        name
+def common_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype | None:
+    """Return the dtype of embedding and blocks, apart from the norms; None if they have several, or another kind."""
+    dtypes = {
+        stored.dtype
         for name, stored in tensors.items()
-        if name.startswith("score.")
-        and (name.endswith(_QUANTIZED_SUFFIXES) or (name in HEAD_TENSORS and stored.dtype not in FLOATING))
-    ]
-    if quantized:
-        raise CheckpointError(
-            f"{where}: the score head is quantized ({_join_names(quantized)}), which makes scores meaningless; "
-            "quantize the original model again and exclude `score`."
-        )
-    missing = [name for name in HEAD_TENSORS if name not in tensors]
-    if missing:
-        raise CheckpointError(
-            f"{where}: {_join_names(missing)} is missing, so this checkpoint cannot score. Loaders for language models "
-            "drop the score head; start again from the published reward model."
-        )
+        if name == "model.embed_tokens.weight" or (_BLOCK.match(name) and not name.endswith(BLOCK_NORMS))
+    }
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(FLOATING) else None
 
 
 def _check_block_count(tensors: Iterable[str], count: int, where: str) -> None:

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runtime.common.errors import CheckpointError, ConversationError
+from runtime.common.errors import CheckpointError, ConversationError, brief
 from runtime.common.json_object import read_json_object
 from runtime.conversations.template_worker import CPU_SECONDS
 
@@ -52,16 +52,17 @@ class ChatTemplate:
 
     @classmethod
     def from_directory(cls, directory: Path) -> ChatTemplate:
-        """Read `chat_template.jinja`, or the template in `tokenizer_config.json`.
+        """Read `chat_template.jinja`, or the template in `tokenizer_config.json` or `chat_template.json`.
 
         Raises:
-            CheckpointError: neither exists, or one is damaged.
+            CheckpointError: none exists, or one is damaged.
         """
-        file, config_file = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-        config = read_json_object(config_file) if config_file.exists() or not file.is_file() else {}
-        variables = {name: text for name in SPECIAL_TOKENS if (text := _token_text(config.get(name))) is not None}
+        config = _read_if_there(directory / "tokenizer_config.json")
+        tokens = _read_if_there(directory / "special_tokens_map.json") | config
+        variables = {name: text for name in SPECIAL_TOKENS if (text := _token_text(tokens.get(name))) is not None}
+        file = directory / "chat_template.jinja"
         if not file.is_file():
-            return cls(_configured_template(config, config_file), variables, str(directory))
+            return cls(_configured_template(config, directory), variables, str(directory))
         try:
             return cls(file.read_text(encoding="utf-8"), variables, str(directory))
         except (OSError, UnicodeDecodeError) as error:
@@ -86,11 +87,24 @@ def _token_text(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _configured_template(config: dict[str, Any], config_file: Path) -> str:
+def _read_if_there(file: Path) -> dict[str, Any]:
+    return read_json_object(file) if file.exists() else {}
+
+
+def _configured_template(config: dict[str, Any], directory: Path) -> str:
+    """The template in tokenizer_config.json, else the one in chat_template.json; of several, the default one."""
+    config_file = directory / "tokenizer_config.json"
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = [each for each in template if isinstance(each, dict) and each.get("name") == "default"]
-        template = named[0].get("template") if named else None
+    if template is None:
+        template = _read_if_there(directory / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        named = {str(each.get("name")): each.get("template") for each in template if isinstance(each, dict)}
+        if named and "default" not in named:
+            raise CheckpointError(
+                f"{config_file} has chat templates named {brief(', '.join(named))}, and none named default; save the "
+                "one that the model was trained with as chat_template.jinja."
+            )
+        template = named.get("default")
     if not isinstance(template, str):
         raise CheckpointError(
             f"{config_file} has no chat_template, and chat_template.jinja is missing; copy it from the original "

@@ -24,6 +24,7 @@ from runtime.common.errors import CheckpointError, ConversationError
 from runtime.conversations.chat_template import ChatTemplate
 from runtime.conversations.conversation import ChatMessage, check_conversation
 from runtime.conversations.scoring_rule import ScoringRule, probe
+from runtime.conversations.tokenizer_file import read_tokenizer
 
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
@@ -93,20 +94,12 @@ class Renderer:
 
     @classmethod
     def from_directory(cls, directory: Path, max_positions: int, vocab_size: int | None = None) -> Renderer:
-        """Read `tokenizer.json` and the chat template of a checkpoint directory; see `Renderer` for the arguments.
+        """Read the tokenizer and the chat template of a checkpoint directory; see `Renderer` for the arguments.
 
         Raises:
             CheckpointError: a file is missing or damaged.
         """
-        path = Path(directory) / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; copy the tokenizer files of the original checkpoint there.")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises bare Exception, and panics are no Exceptions
-            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error!s:.300}") from error
+        tokenizer = read_tokenizer(Path(directory))
         return cls(tokenizer, ChatTemplate.from_directory(Path(directory)), max_positions, str(directory), vocab_size)
 
     def render(

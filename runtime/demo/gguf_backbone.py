@@ -13,19 +13,16 @@ from typing import Any, ClassVar
 import gguf
 import numpy as np
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models
 
 from runtime.common.files import write_file_atomically
+from runtime.common.qwen2_tokenizer import set_qwen2_rules
 from runtime.common.safetensors_writer import write_safetensors
 
 NORMAL_TOKEN, CONTROL_TOKEN, UNUSED_TOKEN = (
     int(kind) for kind in (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL, gguf.TokenType.UNUSED)
 )
 
-# The splitting rule of Qwen2's tokenizer.json.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # Without a system turn the prompt starts with an empty system block, as in the score head's training.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -152,19 +149,6 @@ class GGUFBackbone:
         field = self._reader.get_field(key)
         assert field is not None, f"the file has no {key}"
         return field.contents()
-
-
-def set_qwen2_rules(tokenizer: Tokenizer) -> None:
-    """Give a BPE tokenizer the normalizer and the splitting rule of Qwen2's `tokenizer.json`.
-
-    transformers 5 builds these rules for model type qwen2, whatever `tokenizer.json` and `tokenizer_class` say
-    (`MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS`), so a checkpoint with other rules would get other token ids there.
-    """
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 
 from runtime.checkpoints.checkpoint import Checkpoint
-from runtime.checkpoints.model_config import HEAD_TENSORS
 from runtime.common.errors import NonFiniteError
 from runtime.common.terminal import progress_line
 from runtime.execution.placement_plan import DeviceShare, PlacementPlan
@@ -146,8 +145,10 @@ def check_finite_tensors(tensors: Tensors, prefix: str = "") -> None:
 
 def read_head(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> ScoreHead:
     """Read the final norm and the score head."""
-    norm, *score = (checkpoint.read(name).to(device) for name in ("model.norm.weight", *HEAD_TENSORS))
-    return ScoreHead(norm, score[0], score[1], score[2], score[3], checkpoint.model_config.rms_norm_eps)
+    model_config = checkpoint.model_config
+    norm = checkpoint.read("model.norm.weight").to(device)
+    tensors = {name: checkpoint.read(name).to(device) for name in model_config.head_tensors}
+    return ScoreHead(norm, tensors, model_config.rms_norm_eps)
 
 
 def _resident_on_all_devices(shares: Sequence[DeviceShare]) -> frozenset[int]:

@@ -7,7 +7,7 @@ from functools import cached_property
 from math import prod
 
 from runtime.checkpoints.checkpoint import Checkpoint
-from runtime.checkpoints.model_config import BLOCK_LINEARS, HEAD_TENSORS, block_prefix
+from runtime.checkpoints.model_config import BLOCK_LINEARS, block_prefix
 from runtime.checkpoints.quantization_config import BLOCK_LINEAR_GROUPS
 from runtime.kernels.workspace import CHUNK_WEIGHTS
 from runtime.modeling.attention import MAX_SCORES, TILE
@@ -68,7 +68,7 @@ class MemoryEstimate:
         model_config = self.checkpoint.model_config
         tables = 2 * 4 * model_config.max_position_embeddings * model_config.head_dim
         shapes = model_config.non_block_shapes()
-        head = sum(prod(shapes[name]) for name in ("model.norm.weight", *HEAD_TENSORS))
+        head = sum(prod(shapes[name]) for name in ("model.norm.weight", *model_config.head_tensors))
         return head * self.precision.residual_dtype.itemsize + tables
 
     def product_buffer_bytes(self, *, keep_dequantized: bool) -> int:

@@ -6,20 +6,21 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.common.terminal import format_size
+from runtime.conversations.scoring_rule import ScoringRule
 from runtime.execution.placement_plan import DeviceShare, PlacementPlan
 
 
-def print_placement(plan: PlacementPlan, console: Console) -> None:
-    """Print which device holds which blocks, and how they are computed."""
+def print_placement(plan: PlacementPlan, rule: ScoringRule, console: Console) -> None:
+    """Print which device holds which blocks, how they are computed, and which token is scored."""
     table = Table(title="Placement", title_justify="left", show_header=False, title_style="bold")
     table.add_column(style="dim")
     table.add_column()
-    for name, value in placement_rows(plan):
+    for name, value in placement_rows(plan, rule):
         table.add_row(name, value)
     console.print(table)
 
 
-def placement_rows(plan: PlacementPlan) -> list[tuple[str, str]]:
+def placement_rows(plan: PlacementPlan, rule: ScoringRule) -> list[tuple[str, str]]:
     """Rows (name, value) of the table."""
     rows = [("placement", _describe_placement(plan))]
     rows += [(share.device.name, _describe_share(share)) for share in plan.shares]
@@ -28,6 +29,7 @@ def placement_rows(plan: PlacementPlan) -> list[tuple[str, str]]:
         *rows,
         ("weights", f"{weights}; products in {plan.precision.name}"),
         ("tokens", f"{plan.token_budget:,} at once"),
+        ("scored at", rule.description),
     ]
 
 

@@ -19,7 +19,7 @@ from benchmarks.score_head.fitting import (
     merge_networks,
     stochastic_round,
 )
-from runtime.checkpoints.model_config import HEAD_TENSORS
+from runtime.checkpoints.heads import MLP_HEAD
 from runtime.demo.model import HEAD_FILE
 from runtime.modeling.precision import FLOAT32
 from runtime.scorer import Scorer
@@ -32,7 +32,7 @@ def test_committed_head_is_whole_bf16_and_finite() -> None:
     from safetensors.torch import load_file
 
     head = load_file(HEAD_FILE)
-    assert sorted(head) == sorted(HEAD_TENSORS)
+    assert sorted(head) == sorted(MLP_HEAD)
     assert all(tensor.dtype == torch.bfloat16 and bool(tensor.isfinite().all()) for tensor in head.values())
 
 

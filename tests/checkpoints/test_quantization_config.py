@@ -30,7 +30,7 @@ GPTQ_CONFIG = {
         ["mlp.gate_proj", "mlp.up_proj"],
         ["mlp.down_proj"],
     ],
-    "dynamic": {"-:score\\..*": {}},
+    "dynamic": {"-:score": {}},
 }
 NF4_CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 INT8_CONFIG = {"quant_method": "bitsandbytes", "load_in_8bit": True}
@@ -143,7 +143,7 @@ def test_a_shorter_last_group_has_its_own_scale():
 
 
 DYNAMIC = {
-    "-:score\\..*": {},
+    "-:score": {},
     "+:model\\.layers\\.(?:0|12)\\.self_attn\\.(?:q_proj|k_proj|v_proj|qkv_proj)$": {"bits": 8, "group_size": -1},
     ".*\\.down_proj": {"group_size": 32, "desc_act": True},  # as GPTQModel writes rules without a prefix
     "+:model\\.layers\\.0\\.": {"bits": 8},

@@ -64,7 +64,7 @@ def test_missing_and_unexpected_tensors_are_listed_separately(damaged):
         ),
         ({"vocab_size": 300}, "embed_tokens.weight is bfloat16 [320, 64], expected bfloat16 [300, 64]"),
         ({"num_key_value_heads": 4}, "k_proj.weight is bfloat16 [32, 64], expected bfloat16 [64, 64]"),
-        ({"torch_dtype": "float16"}, "embed_tokens.weight is bfloat16 [320, 64], expected float16 [320, 64]"),
+        ({"torch_dtype": "int8"}, "dtype is 'int8'; one of"),
         ({"num_hidden_layers": 3}, "num_hidden_layers 3, but the weights hold 2 blocks"),
         ({"num_hidden_layers": 4096}, "but the weights hold 2 blocks"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; a positive whole number"),

@@ -13,10 +13,8 @@ from calibration.sampling import CalibrationRow
 from calibration.sources import ConversationRow, load_rows
 from quantize.job.tokenizer_check import tokenizer_note
 from runtime.conversations.rendering import Renderer
-from runtime.conversations.scoring_rule import END_OF_CONVERSATION, ScoringRule
 from runtime.demo.model import demo_directory
-
-WORLDPM = ScoringRule(END_OF_CONVERSATION, "the final `<|endoftext|>`")
+from tests.helpers.tiny import WORLDPM
 
 HARD = [
     "a.\n\nB",
@@ -77,4 +75,6 @@ def test_other_rules_are_noted(tiny_checkpoint: Path, tmp_path: Path) -> None:
 def test_a_tokenizer_that_transformers_cannot_load_is_noted(tiny_checkpoint: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(tiny_checkpoint, tmp_path / "broken"))
     (broken / "tokenizer.json").write_text("{}")
-    assert "cannot load the tokenizer" in str(tokenizer_note(broken, rows_of(tiny_checkpoint, hard_conversations()), WORLDPM))
+    assert "cannot load the tokenizer" in str(
+        tokenizer_note(broken, rows_of(tiny_checkpoint, hard_conversations()), WORLDPM)
+    )

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from runtime.checkpoints.heads import ARCHITECTURES, LINEAR_HEAD, MLP_HEAD
 from runtime.checkpoints.model_config import ModelConfig, block_prefix
-from runtime.demo.gguf_backbone import set_qwen2_rules
+from runtime.common.qwen2_tokenizer import set_qwen2_rules
+from runtime.conversations.scoring_rule import ScoringRule
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -20,6 +22,14 @@ CHAT_TEMPLATE = (
     "{% if loop.last %}{{ '<|endoftext|>' }}{% else %}{{ '\\n' }}{% endif %}"
     "{% endfor %}"
 )
+# As Qwen2.5-Math-RM's: a default system text of its own, and nothing after the last <|im_end|> and line break.
+MATH_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nThink step by step.<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+)
+WORLDPM = ScoringRule("<|endoftext|>", "the final `<|endoftext|>`")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 320  # 256 bytes, the merges, the special tokens, and rows no token reaches, as in Qwen
 _MERGES = ("t h", "th e", "Ġ the", "i n", "in g", "e r", "a n", "an d", "Ġ and", "o u", "s t", "Ġ t", "Ġ a")
@@ -50,25 +60,34 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path, template: str = CHAT_TEMPLATE) -> None:
     """`tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`."""
     tiny_tokenizer().save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": template,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (directory / "chat_template.jinja").write_text(template)
 
 
 def tiny_config(
-    *, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, dtype: torch.dtype
+    *,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    heads: int,
+    kv_heads: int,
+    vocab: int,
+    dtype: torch.dtype,
+    head: tuple[str, ...] = MLP_HEAD,
 ) -> dict[str, Any]:
-    """The `config.json` of a tiny `Qwen2ForRewardModel`."""
+    """The `config.json` of a tiny reward model."""
     return {
-        "architectures": ["Qwen2ForRewardModel"],
+        "architectures": [ARCHITECTURES[head]],
+        **({"id2label": {"0": "LABEL_0"}} if head == LINEAR_HEAD else {}),
         "model_type": "qwen2",
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -117,6 +136,8 @@ def write_tiny_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     shards: int = 1,
+    head: tuple[str, ...] = MLP_HEAD,
+    template: str = CHAT_TEMPLATE,
 ) -> Path:
     """Write a checkpoint (config, weights, tokenizer, chat template) and return its directory."""
     directory = Path(directory)
@@ -129,9 +150,10 @@ def write_tiny_checkpoint(
         kv_heads=kv_heads,
         vocab=vocab,
         dtype=dtype,
+        head=head,
     )
     (directory / "config.json").write_text(json.dumps(config, indent=2))
-    write_tokenizer(directory)
+    write_tokenizer(directory, template)
     write_shards(directory, tiny_tensors(ModelConfig.from_config(config), seed), shards)
     return directory
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from quantize.report.head_recalibration import (
     head_tensors,
     recalibrate_head,
 )
-from runtime.checkpoints.model_config import HEAD_TENSORS
+from runtime.checkpoints.heads import MLP_HEAD
 from runtime.modeling.score_head import ScoreHead
 
 HIDDEN = 48
@@ -27,7 +27,9 @@ def make_head(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> ScoreHead:
     def random(*shape: int) -> torch.Tensor:
         return (torch.randn(shape, generator=draw) * shape[-1] ** -0.5).to(dtype)
 
-    return ScoreHead(torch.ones(HIDDEN), random(HIDDEN, HIDDEN), random(HIDDEN), random(1, HIDDEN), random(1), eps=1e-6)
+    shapes = ((HIDDEN, HIDDEN), (HIDDEN,), (1, HIDDEN), (1,))
+    tensors = {name: random(*shape) for name, shape in zip(MLP_HEAD, shapes, strict=True)}
+    return ScoreHead(torch.ones(HIDDEN), tensors, eps=1e-6)
 
 
 def make_features(rows: int, seed: int = 1) -> torch.Tensor:
@@ -63,17 +65,25 @@ def held_out_shift(fitted: ScoreHead, head: ScoreHead, reference: torch.Tensor, 
 def test_an_affine_drift_of_the_scores_is_undone(slope, offset):
     """The features are right and the scores' scale is not: the same as another head over the same features."""
     head, features = make_head(), make_features(64)
-    drifted = replace(
-        head,
-        score_2_weight=head.score_2_weight.float() * slope,
-        score_2_bias=head.score_2_bias.float() * slope + offset,
-    )
+    weight, bias = (head.tensors[name].float() for name in ("score.2.weight", "score.2.bias"))
+    drifted = head.with_tensors({"score.2.weight": weight * slope, "score.2.bias": bias * slope + offset})
     noisy = features + noise_like(features, 0.01)
     kept = recalibrate_head(drifted, RecalibrationData(noisy, head.score(features), [row // 2 for row in range(64)]))
     assert kept.kind == "affine"
     others = make_features(200, seed=7)
     assert held_out_shift(kept.head, head, others, others) < 0.03
     assert kept.errors["affine"] < 0.05 < kept.errors["none"]
+
+
+def test_a_head_without_a_bias_is_scaled():
+    """It can store no offset, and transformers' class would ignore one."""
+    features = make_features(64)
+    head = ScoreHead(torch.ones(HIDDEN), {"score.weight": make_head().tensors["score.2.weight"].float()}, 1e-6)
+    drifted = head.with_tensors({"score.weight": 0.8 * head.tensors["score.weight"]})
+    kept = recalibrate_head(drifted, evidence_of(head, features, features + noise_like(features, 0.01)))
+    assert kept.kind == "affine" and set(head_tensors(kept.head)) == {"score.weight"}
+    others = make_features(200, seed=7)
+    assert held_out_shift(kept.head, head, others, others) < 0.03
 
 
 # ---- what is left alone ---------------------------------------------------------------------------------
@@ -112,7 +122,7 @@ def test_few_rows_give_finite_heads(rows):
 
 def test_a_head_whose_inner_layer_is_dead_is_no_trouble():
     """Every unit below zero: nothing to refit, and no division by nothing."""
-    head = replace(make_head(), score_0_bias=torch.full((HIDDEN,), -1e4))
+    head = make_head().with_tensors({"score.0.bias": torch.full((HIDDEN,), -1e4)})
     features = make_features(32)
     kept = recalibrate_head(head, evidence_of(head, features, features + 0.1))
     assert kept.kind == "none"
@@ -179,14 +189,11 @@ def test_every_candidate_is_a_head_that_a_checkpoint_can_store(kind):
     head, features = make_head(), make_features(64)
     fitted = repair.CANDIDATES[kind](head, evidence_of(head, features, features + 0.2))
     stored = head_tensors(fitted)
-    assert set(stored) == set(HEAD_TENSORS)
+    assert set(stored) == set(MLP_HEAD)
     assert {name: tensor.shape for name, tensor in stored.items()} == {
         name: tensor.shape for name, tensor in head_tensors(head).items()
     }
-    again = ScoreHead(
-        head.norm, stored["score.0.weight"], stored["score.0.bias"], stored["score.2.weight"], stored["score.2.bias"],
-        eps=head.eps,
-    )  # fmt: skip
+    again = ScoreHead(head.norm, stored, head.eps)
     assert torch.equal(again.score(features), fitted.score(features))
 
 

@@ -80,7 +80,7 @@ def test_the_repair_learns_from_calibration_rows_alone_by_prompt(monkeypatch):
 
 def test_a_repair_is_scored_with_its_head_and_the_scores_before_it_are_kept(monkeypatch):
     head, states = make_head(), make_streams()
-    better = replace(head, score_2_bias=head.score_2_bias + 1)
+    better = head.with_tensors({"score.2.bias": head.tensors["score.2.bias"] + 1})
     monkeypatch.setattr(final_scores, "recalibrate_head", lambda *_: HeadRecalibration("affine", {}, ROWS, better))
     result = compute_final_scores(states, head, make_sample(), RECIPE)
     assert result.before_recalibration is not None

@@ -59,7 +59,7 @@ def compare_tab(service: Service, page: gr.Blocks) -> DeferredComponents:
                 lines=2,
                 max_lines=8,
                 interactive=True,
-                info="The model was trained with an empty system prompt.",
+                info="WorldPM was trained with an empty system prompt.",
             )
         turns = gr.JSON(first_turns(), visible="hidden")  # not gr.State, whose change events need the queue
         turns_column = gr.Column(elem_classes="turns")

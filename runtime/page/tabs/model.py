@@ -51,7 +51,8 @@ def describe_model(model: ServedModel) -> dict[str, Any]:
         about.append(("quantized from", model.variant.stored_reference.model))
     if model.error_margin is not None:
         about.append(("parity error of a margin", f"{model.error_margin:.3f}"))
-    return {"name": model.name, "about": about, "plan": placement_rows(model.scorer.plan), "work": work_rows(model)}
+    plan = placement_rows(model.scorer.plan, model.scorer.renderer.rule)
+    return {"name": model.name, "about": about, "plan": plan, "work": work_rows(model)}
 
 
 def work_rows(model: ServedModel) -> list[tuple[str, str]]:
