@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from quantize.run import main
 from runtime.common.files import sha256_of
@@ -34,7 +35,7 @@ def write_pairs(path: Path, count: int = 40, seed: int = 0, words: int = 24) -> 
     return path
 
 
-def write_job_model(directory: Path, *, layers: int = 3, shards: int = 2, **shape: int) -> Path:
+def write_job_model(directory: Path, *, layers: int = 3, shards: int = 2, **shape: Any) -> Path:
     """Write a tiny checkpoint whose widths are multiples of 128, the default group size."""
     shape = {"hidden": 128, "intermediate": 256} | shape
     return write_tiny_checkpoint(directory, layers=layers, shards=shards, **shape)
