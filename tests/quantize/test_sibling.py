@@ -68,7 +68,7 @@ def test_a_sibling_is_quantized_scored_and_exported(tmp_path: Path, capsys: pyte
     checkpoint = open_checkpoint(packed)
     assert checkpoint.renderer().rule == open_checkpoint(model).renderer().rule
     assert r"read at the last token, `\n` after `<|im_end|>`" in (packed / "README.md").read_text()
-    assert read_report(packed / "parity.json").figures.spearman > 0.5
+    assert read_report(packed / "parity.json").figures.spearman.value > 0.5
 
     ours = Scorer(checkpoint).score(CONVERSATIONS)
     expected = theirs(checkpoint)
