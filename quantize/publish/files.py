@@ -9,7 +9,8 @@ from pathlib import Path
 
 from quantize.report.model_card import CARD_FILE
 from quantize.tensor_parallel import MANIFEST_FILE
-from runtime.checkpoints.checkpoint import INDEX_FILE, TOKENIZER_FILES, Checkpoint
+from runtime.checkpoints.checkpoint import TOKENIZER_FILES, Checkpoint
+from runtime.checkpoints.shards import INDEX_FILE
 from runtime.common.files import sha256_of
 from runtime.conversations.row_sources import INPUT_SUFFIXES
 from runtime.evaluation.pairs import PARITY_PAIRS_FILE
