@@ -80,9 +80,10 @@ def render_card(
     """
     settings = recipe.choices() | ({"base model": f"{source.name}, commit {source.commit}"} if source.commit else {})
     results = [*(parity_results(report) if report else ()), *results]
+    base_model = base_model_id(source.name)
     metadata = ModelCardData(
-        base_model=base_model_id(source.name),
-        base_model_relation="quantized",
+        base_model=base_model,
+        base_model_relation="quantized" if base_model else None,
         pipeline_tag="text-classification",
         tags=["reward-model", "worldpm", recipe.method],
         model_name=f"{source.name}, {description}" if results else None,

@@ -129,7 +129,7 @@ def test_a_run_killed_after_its_end_leaves_a_whole_checkpoint_and_a_lock_that_th
 
 
 def test_a_run_that_is_stopped_after_its_end_says_so(packed, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("quantize.export.sync_directory", interrupt)
+    monkeypatch.setattr("quantize.tensor_parallel.sync_directory", interrupt)
     assert export(packed("4-bits"), tmp_path / "out") == 130
     assert f"stopped; {tmp_path / 'out'} is finished." in capfd.readouterr().err
 
