@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from quantize.report.model_card import CARD_FILE, THIS_DIRECTORY, base_model_id, evaluation_result
@@ -98,7 +97,7 @@ def _read_card(checkpoint: Checkpoint) -> ModelCard:
     text = path.read_text(encoding="utf-8") if path.is_file() else f"---\n{{}}\n---\n\n# {checkpoint.name}\n"
     try:
         return ModelCard(text)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except Exception as error:  # of the card's parser, or of the YAML library under it
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"{path}: the metadata cannot be read ({reason}); correct it.") from error
 
