@@ -351,3 +351,27 @@ def test_pairs_are_read_as_everywhere_else(scored):
             pair = parse_row(row)
             assert isinstance(pair, PreferencePair)
             assert [pair.chosen_conversation, pair.rejected_conversation] == conversations(row)
+
+
+WRONG_FILES = {
+    "columns.jsonl": (b'{"query_text": "Q", "a": "x", "b": "y"}', "'query_text', 'a', 'b', which fit no known format"),
+    "prompts.jsonl": (b'{"prompt": "Q"}', "the keys 'prompt', which fit no known format"),
+    "half.jsonl": (b'{"prompt": "Q", "chosen": "a"}', "no 'rejected'; the nearest format is pair"),
+    "sides.jsonl": (b'{"prompt": "Q", "response_1": "a", "response_2": "b"}', "no 'winner'; the nearest format is ppe"),
+    "header.csv": (b"Why?,Because.,No.\nHi,Hello,No\n", "the keys 'Why?', 'Because.', 'No.', which fit no"),
+    "cells.csv": (b"prompt,chosen,rejected\nQ,a,b,c\n", "the row has 4 cells but 3 columns"),
+    "array.jsonl": (b'[{"prompt": "Q"},\n', "rename it to .json"),
+    "latin.jsonl": (b'{"prompt": "caf\xe9"}', "save the file as UTF-8"),
+    "cut.jsonl.gz": (gzip.compress(b"{}\n" * 500)[:25], "not a complete gzip file"),
+    "fake.parquet": (b'{"prompt": "Q"}', "cannot be read as Parquet"),
+    "notes.txt": (b"hello", "has no supported suffix"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_the_message_for_a_wrong_file_is_short_and_names_what_it_found(tiny_checkpoint, tmp_path, capfd, name):
+    content, found = WRONG_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    score(tiny_checkpoint, tmp_path / name)
+    said = [line for line in capfd.readouterr().err.splitlines() if name in line]
+    assert len(said) == 1 and found in said[0] and len(said[0].replace(str(tmp_path), "")) <= 360

@@ -289,7 +289,7 @@ REFUSED = [
     ("OpenAI, an image", {"messages": [IMAGE, assistant(GOOD)]}, "a part of type 'image_url'"),
     ("a column of images", {"prompt": Q, "images": ["a.png"], **PAIR}, "the row has images"),
     ("a column of tools", {"messages": [user(Q), assistant(GOOD)], "tools": [{}]}, "the row has tools"),
-    ("a text", {"text": "x"}, "the keys 'text', which no known format has.*--columns"),
+    ("a text", {"text": "x"}, "the keys 'text', which fit no known format.*--columns"),
     ("half a pair", {"prompt": Q, "chosen": GOOD}, "no 'rejected'; the nearest format is pair"),
     ("two responses and no preference", {"prompt": Q, "response_1": GOOD, "response_2": BAD}, "the nearest format is"),
     (

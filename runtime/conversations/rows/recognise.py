@@ -115,9 +115,9 @@ def _nearness(row: dict[str, Any]) -> Any:
 
 def _missing(row: dict[str, Any], shape: Shape, missing: list[str], where: str) -> str:
     prefix = location_prefix(where)
-    if not any(key in row for key in shape.needs):
+    if not any(key in row for key in shape.needs if key != "prompt"):
         return (
-            f"{prefix}the row has {_keys(row)}, which no known format has; a row is such as {EXAMPLE}. Rename columns "
+            f"{prefix}the row has {_keys(row)}, which fit no known format; a row is such as {EXAMPLE}. Rename columns "
             "with --columns prompt=NAME,chosen=NAME,rejected=NAME."
         )
     absent = " and no ".join(map(repr, missing)) or f"list of texts in {shape.needs[-1]!r}"
