@@ -118,12 +118,18 @@ class Transcript:
 
     def response(self, text: str) -> str:
         """The response that continues the transcript with `text`, without end tokens."""
-        text = strip_end_tokens(text)
-        if self.padded:
-            text = text.rstrip(" ") if self.start else text.strip(" ")
+        if self.padded and not self.start:
+            text = text.lstrip(" ")
         elif self.text.endswith("Assistant:") and not self.start:
             text = text.removeprefix(" ")
-        return self.start + text
+        content = strip_end_tokens(self.start + text)
+        return content.rstrip(" ") if self.padded else content
+
+    def whole(self) -> list[ChatMessage]:
+        """The turns of a text that has its response, without end tokens."""
+        last = self.turns[-1]
+        content = self.response("") if self.is_open else strip_end_tokens(last["content"])
+        return [*self.turns[:-1], {"role": last["role"], "content": content}]
 
 
 def read_transcript(text: str) -> Transcript | None:
@@ -189,6 +195,6 @@ def _turns_of(template: _Template, parts: list[str]) -> list[ChatMessage]:
             if system := _SYSTEM_IN_TURN.match(content):
                 turns.append({"role": "system", "content": system[1]})
                 content = content[system.end() :]
-            content = content.strip(" ")
+            content = content.lstrip(" ") if 2 * number == len(parts) else content.strip(" ")  # a response may follow
         turns.append({"role": template.roles.get(name, name), "content": content})
     return turns

@@ -48,6 +48,7 @@ CASES = {
     "anthropic without the space": ("\n\nHuman: " + Q + "\n\nAssistant:", f" {A}", [TALK[2], ANSWER]),
     "names without the space": (f"Human: {Q}\nAssistant:", f" {A}", [TALK[2], ANSWER]),
     "Llama 2's spaces": (llama2(TALK), f" {A} </s>", [*TALK, ANSWER]),
+    "Mistral, begun before a space": (mistral(TALK) + " Air ", "scatters blue.</s>", [*TALK, ANSWER]),
     "Mistral, begun": (mistral(TALK) + " Air", " scatters blue.</s>", [*TALK, ANSWER]),
     "the policy opens its turn": (chat(TALK), f"<|im_start|>assistant\n{A}<|im_end|>", [*TALK, ANSWER]),
     "the policy opens its turn in Gemma's way": (

@@ -33,9 +33,7 @@ def read_policy_text(text: str, prompt: str | None = None, where: str = "") -> l
             f"{where or 'text'}: no turns were found; write them in ChatML, in the template of Llama, Gemma, Mistral, "
             "DeepSeek, Zephyr or Phi-3, or as 'User: ...' and 'Assistant: ...' on separate lines, or send messages."
         )
-    turns = transcript.turns
-    turns[-1]["content"] = strip_end_tokens(turns[-1]["content"])
-    return turns
+    return transcript.whole()
 
 
 def read_exchange(prompt: Any, completion: Any, where: str = "") -> list[ChatMessage]:

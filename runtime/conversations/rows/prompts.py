@@ -182,8 +182,7 @@ def _read_transcript_response(text: str, name: str, prompt: Prompt, context: Row
         if not prompt.transcript and strip_end_tokens(text) != text:
             context.warn(f"{name} ends with a token of a chat template and is read as text")
         return None
-    turns = transcript.turns
-    turns[-1]["content"] = strip_end_tokens(turns[-1]["content"])
+    turns = transcript.whole()
     whole = turns[0]["role"] != "assistant" and turns[-1]["role"] == "assistant"
     blank = not any(turn["content"].strip() for turn in prompt.turns)
     same = blank or turns[: len(prompt.turns)] == prompt.turns
@@ -197,7 +196,7 @@ def _read_transcript_response(text: str, name: str, prompt: Prompt, context: Row
 def opened_turn(text: str, prompt: Prompt) -> str | None:
     """The text of a response that begins with the template's opening of its own turn, and has no other turn."""
     transcript = None if prompt.is_open or text.startswith(_NAMES_OF_SPEAKERS) else read_transcript(text)
-    return transcript.start if transcript and transcript.is_open and len(transcript.turns) == 1 else None
+    return transcript.response("") if transcript and transcript.is_open and len(transcript.turns) == 1 else None
 
 
 def _check_roles(turns: list[ChatMessage], name: str, context: RowContext) -> None:
