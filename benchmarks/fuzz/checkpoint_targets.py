@@ -13,11 +13,13 @@ from safetensors.torch import load, save
 
 from benchmarks.fuzz.mutation import mutate_bytes, mutate_json
 from benchmarks.fuzz.target import Target, Violation
-from runtime.checkpoints.checkpoint import _open_shards, open_checkpoint, read_config
+from runtime.checkpoints.checkpoint import open_checkpoint, read_config
+from runtime.checkpoints.heads import ARCHITECTURES, LINEAR_HEAD
 from runtime.checkpoints.model_config import BIASED_LINEARS, BLOCK_LINEARS, ModelConfig
 from runtime.checkpoints.quantization_config import NF4_QUANT_STATE, QuantizationConfig
 from runtime.checkpoints.quantization_parsing import read_quantization_config
 from runtime.checkpoints.safetensors_file import open_safetensors_file, read_tensor
+from runtime.checkpoints.shards import open_shards
 from tests.helpers.packed import packed_tensors
 from tests.helpers.tiny import tiny_config, tiny_tensors, write_shards, write_tokenizer
 
@@ -34,7 +36,7 @@ OTHER_WRITERS = (
     {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
     {"quant_method": "gptq", "bits": 8, "format": "gptq_v2", "checkpoint_format": None, "damp_percent": 0.1},
 )
-CHECKPOINTS = ("checkpoint", "safetensors_file", "model_config", "tensor_spec")
+CHECKPOINTS = ("checkpoint", "shards", "safetensors_file", "model_config", "tensor_spec", "heads")
 QUANTIZATION = ("quantization_config", "quantization_parsing")
 
 
@@ -141,7 +143,7 @@ def _check_index(data: bytes, scratch: Path) -> None:
             link.symlink_to(shard)
     path = scratch / "model.safetensors.index.json"
     path.write_bytes(data)
-    held = {name: shard.file.name for shard in _open_shards(scratch) for name in shard.tensors}
+    held = {name: shard.file.name for shard in open_shards(scratch) for name in shard.tensors}
     if held != json.loads(data)["weight_map"]:
         raise Violation("an index with other tensors is accepted")
 
@@ -150,9 +152,10 @@ def _check_index(data: bytes, scratch: Path) -> None:
 
 
 def _configs() -> list[bytes]:
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "dtype": "float32", "head_dim": 16}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "dtype": "float32", "head_dim": 16}
     entries = [quantization.to_config() for quantization in QUANTIZATIONS] + list(OTHER_WRITERS)
-    whole = [_config(), _config() | rope, *(_config() | {"quantization_config": entry} for entry in entries)]
+    linear = _config() | {"architectures": [ARCHITECTURES[LINEAR_HEAD]], "id2label": {"0": "a"}, "layer_types": []}
+    whole = [_config(), _config() | rope, linear, *(_config() | {"quantization_config": entry} for entry in entries)]
     _whole_checkpoint()
     return [json.dumps(each).encode() for each in whole]
 

@@ -312,7 +312,9 @@ def _is_text(data: bytes) -> bool:
     return True
 
 
-RENDERING = ("runtime.conversations.rendering", "runtime.conversations.chat_template")
+RENDERING = tuple(
+    f"runtime.conversations.{name}" for name in ("rendering", "chat_template", "scoring_rule", "tokenizer_file")
+)
 WORKER = "runtime.conversations.template_worker"
 STARTS_A_PROCESS = 8.0  # seconds; the process of a template is given 2 of them for each of three answers
 
