@@ -30,13 +30,13 @@ class VariantScores:
 
     Attributes:
         scores: of the selected pairs, in their order.
-        golden: of the model card's two conversations; None if they were not scored.
+        golden: of the model card's conversations; None if they were not scored.
         product_dtype: dtype of the inputs of matmuls in the blocks.
         token_budget: tokens per batch.
     """
 
     scores: list[Scores]
-    golden: Scores | None
+    golden: tuple[float, ...] | None
     product_dtype: torch.dtype
     token_budget: int
 
@@ -158,7 +158,7 @@ def check_golden_scores(model: Variant, variant_scores: VariantScores, tolerance
     if model.golden_name is None or variant_scores.golden is None:
         return GoldenResult(model=model.label)
     if tolerance is None:
-        tolerance = default_tolerance(variant_scores.product_dtype, model.checkpoint.quantization)
+        tolerance = default_tolerance(model.golden_name, variant_scores.product_dtype, model.checkpoint.quantization)
     return GoldenResult(
         model=model.label,
         name=model.golden_name,

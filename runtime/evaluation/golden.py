@@ -1,32 +1,35 @@
-"""Golden scores: the two scores published on WorldPM-72B's model card, and the check of a checkpoint against them."""
+"""Golden scores: those published on the cards of WorldPM-72B and Qwen2.5-Math-RM-72B, and the check against them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from runtime.checkpoints.quantization_config import QuantizationConfig
 from runtime.conversations.conversation import ChatMessage
-from runtime.evaluation.scored_pair import Scores
 
 _MODEL_CARD = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 GOLDEN_CONVERSATIONS: list[list[ChatMessage]] = _MODEL_CARD["conversations"]
-PUBLISHED_SCORES: dict[str, Scores | None] = {
-    name: scores and tuple(scores) for name, scores in _MODEL_CARD["scores"].items()
+_OTHERS: dict[str, dict[str, Any]] = _MODEL_CARD["others"]  # models with an example of their own
+PUBLISHED_SCORES: dict[str, tuple[float, ...] | None] = {
+    name: scores and tuple(scores)
+    for name, scores in (_MODEL_CARD["scores"] | {name: each["scores"] for name, each in _OTHERS.items()}).items()
 }
 
-# Largest accepted absolute difference. The published scores have more digits than bf16 holds, so they come from an
-# fp32 run. A quantized model scores differently; its tolerances are several times the shift measured on the demo
-# model, so they detect a broken model, not a small loss. The two published scores differ by 2.27.
+# Largest accepted absolute difference. WorldPM's published scores have more digits than bf16 holds, so they come from
+# an fp32 run; the other score comes from a bf16 run. A quantized model scores differently; its tolerances are several
+# times the shift measured on the demo model, so they detect a broken model, not a small loss. WorldPM's two published
+# scores differ by 2.27.
 UNQUANTIZED_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 QUANTIZED_TOLERANCES = {8: 0.15, 4: 0.5}
 
 
 class GoldenResult(BaseModel):
-    """Published scores (good answer, bad answer) and the scores computed here.
+    """Published scores (of WorldPM: good answer, bad answer) and the scores computed here.
 
     Every field except `model` is None if no scores are published for the model. `name` is the published model name.
     """
@@ -35,13 +38,13 @@ class GoldenResult(BaseModel):
 
     model: str
     name: str | None = None
-    published: Scores | None = None
-    scores: Scores | None = None
+    published: tuple[float, ...] | None = None
+    scores: tuple[float, ...] | None = None
     tolerance: float | None = None
 
     @property
     def difference(self) -> float | None:
-        """The larger of the two absolute differences; None without published scores."""
+        """The largest absolute difference; None without published scores."""
         if self.published is None or self.scores is None:
             return None
         return max(abs(here - there) for here, there in zip(self.scores, self.published, strict=True))
@@ -60,16 +63,22 @@ class GoldenResult(BaseModel):
                 "its name"
             )
         assert self.scores and self.published
-        (good, bad), (published_good, published_bad) = self.scores, self.published
+        computed, published = (" and ".join(f"{each:+.4f}" for each in both) for both in (self.scores, self.published))
         return (
-            f"golden scores of {self.name}: {'pass' if self.met else 'FAIL'}; computed {good:+.4f} and {bad:+.4f}, "
-            f"published {published_good:+.4f} and {published_bad:+.4f}; largest difference {self.difference:.2g}, "
-            f"tolerance {self.tolerance:g}"
+            f"golden scores of {self.name}: {'pass' if self.met else 'FAIL'}; computed {computed}, "
+            f"published {published}; largest difference {self.difference:.2g}, tolerance {self.tolerance:g}"
         )
 
 
+def golden_conversations(name: str | None) -> list[list[ChatMessage]]:
+    """The conversations of the published model `name`, one for each of its scores; none of None."""
+    if name is None:
+        return []
+    return _OTHERS[name]["conversations"] if name in _OTHERS else GOLDEN_CONVERSATIONS
+
+
 def match_name(original: str, *, allow_suffix: bool = False) -> str | None:
-    """The published name of a WorldPM model, or None.
+    """The published name of a WorldPM model or a sibling, or None.
 
     Args:
         original: a hub id or directory name; case, owner and revision are ignored.
@@ -83,6 +92,8 @@ def match_name(original: str, *, allow_suffix: bool = False) -> str | None:
     return None
 
 
-def default_tolerance(matmul: torch.dtype, quantization: QuantizationConfig | None) -> float:
-    """The tolerance of a golden score, from the bits of a quantized model, else from the dtype of its matmuls."""
-    return QUANTIZED_TOLERANCES[quantization.bits] if quantization else UNQUANTIZED_TOLERANCES[matmul]
+def default_tolerance(name: str, matmul: torch.dtype, quantization: QuantizationConfig | None) -> float:
+    """The tolerance of a golden score, from the bits of a quantized model, else from the dtypes of both runs."""
+    if quantization:
+        return QUANTIZED_TOLERANCES[quantization.bits]
+    return UNQUANTIZED_TOLERANCES[torch.bfloat16 if name in _OTHERS else matmul]

@@ -12,7 +12,7 @@ from rich.console import Console
 from runtime.common.errors import ConfigurationError, NonFiniteError
 from runtime.conversations.rows.context import RowOptions
 from runtime.evaluation.comparison import VariantScores, build_parity_report, check_golden_scores
-from runtime.evaluation.golden import GOLDEN_CONVERSATIONS, GoldenResult
+from runtime.evaluation.golden import GoldenResult, golden_conversations
 from runtime.evaluation.pairs import (
     PARITY_PAIRS_FILE,
     PairReferenceScores,
@@ -146,11 +146,11 @@ def evaluate_model(
     Args:
         measured: scores of the reference checkpoint; None uses those stored beside `model`.
     """
-    has_golden = options.golden and model.golden_name is not None
-    if not selection.pairs and not has_golden:
+    golden_count = len(golden_conversations(model.golden_name)) if options.golden else 0
+    if not selection.pairs and not golden_count:
         return VariantResult(model, None, GoldenResult(model=model.label))
-    console.print(f"{model.label}: scoring {2 * (len(selection.pairs) + has_golden):,} conversations")
-    variant_scores = score_variant(model, selection, options.model_options, golden=has_golden)
+    console.print(f"{model.label}: scoring {2 * len(selection.pairs) + golden_count:,} conversations")
+    variant_scores = score_variant(model, selection, options.model_options, golden=bool(golden_count))
     golden = check_golden_scores(model, variant_scores, options.tolerance) if options.golden else None
     if not selection.pairs:
         return VariantResult(model, None, golden)
@@ -179,16 +179,16 @@ def score_variant(
     """
     rendered = [each for pair in selection.rendered.get(variant.label, []) for each in pair]
     if golden:
-        rendered += [variant.renderer.render(conversation) for conversation in GOLDEN_CONVERSATIONS]
+        rendered += [variant.renderer.render(each) for each in golden_conversations(variant.golden_name)]
     scorer = model_options.load(variant.source)
     try:
         scores = scorer.scores(rendered)
     except NonFiniteError as error:
         raise NonFiniteError(f"{variant.label}: {error} Conversations are counted from 0, two per pair.") from error
-    pairs = list(zip(scores[::2], scores[1::2], strict=True))
+    count = 2 * len(selection.pairs)
     return VariantScores(
-        pairs[: len(selection.pairs)],
-        pairs[-1] if golden else None,
+        list(zip(scores[:count:2], scores[1:count:2], strict=True)),
+        tuple(scores[count:]) or None,
         scorer.precision.product_dtype,
         scorer.token_budget,
     )

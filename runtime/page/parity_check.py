@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from runtime.api.service import ServedModel
 from runtime.evaluation.comparison import VariantScores, build_parity_report, check_golden_scores
-from runtime.evaluation.golden import GOLDEN_CONVERSATIONS, GoldenResult
+from runtime.evaluation.golden import GoldenResult, golden_conversations
 from runtime.evaluation.pairs import (
     PARITY_PAIRS_FILE,
     PairReferenceScores,
@@ -17,7 +17,6 @@ from runtime.evaluation.pairs import (
     stored_pair_files,
 )
 from runtime.evaluation.report import ParityReport
-from runtime.evaluation.scored_pair import Scores
 
 MAX_PAIRS = 64  # enough to detect a broken model
 PAIRS_PER_REQUEST = 8  # the progress is updated after every request
@@ -62,10 +61,10 @@ class ParityCheck:
             NonFiniteError: a score is not finite.
         """
         variant, scorer = self.model.variant, self.model.scorer
-        golden: Scores | None = None
+        golden: tuple[float, ...] | None = None
         if variant.golden_name is not None:
-            good, bad = self.model.submit([variant.renderer.render(each) for each in GOLDEN_CONVERSATIONS]).result()
-            golden = (good, bad)
+            conversations = golden_conversations(variant.golden_name)
+            golden = tuple(self.model.submit([variant.renderer.render(each) for each in conversations]).result())
         run = VariantScores([], golden, scorer.precision.product_dtype, scorer.token_budget)
         self.golden = check_golden_scores(variant, run, None)
         rendered = self.selection.rendered.get(variant.label, [])

@@ -11,16 +11,18 @@ from runtime.evaluation.golden import (
     PUBLISHED_SCORES,
     GoldenResult,
     default_tolerance,
+    golden_conversations,
     match_name,
 )
 
 BASE = "Qwen/WorldPM-72B"
+MATH = "Qwen/Qwen2.5-Math-RM-72B"
 FAMILY = [BASE, f"{BASE}-HelpSteer2", f"{BASE}-UltraFeedback", f"{BASE}-RLHFLow"]
 SCORES = (0.6298332214355469, -1.6425328254699707)
 
 
 def test_the_example_is_the_model_card_s():
-    assert list(PUBLISHED_SCORES) == FAMILY and PUBLISHED_SCORES[BASE] == SCORES
+    assert list(PUBLISHED_SCORES) == [*FAMILY, MATH] and PUBLISHED_SCORES[BASE] == SCORES
     assert [[turn["role"] for turn in each] for each in GOLDEN_CONVERSATIONS] == [["system", "user", "assistant"]] * 2
     assert all(
         each[0]["content"] == "" and each[1]["content"] == "Tips for better sleep?" for each in GOLDEN_CONVERSATIONS
@@ -62,7 +64,7 @@ def test_scores_are_published_for_the_base_model_alone():
     ],
 )
 def test_the_tolerance_depends_on_dtype_and_bits(matmul, quantization, tolerance):
-    assert default_tolerance(matmul, quantization) == tolerance
+    assert default_tolerance(BASE, matmul, quantization) == tolerance
 
 
 def result(off: float) -> GoldenResult:
@@ -81,3 +83,13 @@ def test_without_published_scores_the_check_passes():
     unknown = GoldenResult(model="demo")
     assert unknown.met and unknown.difference is None
     assert unknown.message().startswith(f"golden scores: none are published for demo, only for {BASE}; ")
+
+
+def test_the_sibling_has_an_example_of_its_own():
+    (conversation,) = golden_conversations(MATH)
+    assert [turn["role"] for turn in conversation] == ["system", "user", "assistant"] and conversation[0]["content"]
+    assert PUBLISHED_SCORES[MATH] == (3.75,) and golden_conversations(BASE) is GOLDEN_CONVERSATIONS
+    assert match_name("models/qwen2.5-math-rm-72b-gptq-4bit", allow_suffix=True) == MATH
+    assert default_tolerance(MATH, torch.float32, None) == 0.05  # published from a bf16 run
+    off = GoldenResult(model="m", name=MATH, published=(3.75,), scores=(3.5,), tolerance=0.05)
+    assert not off.met and "computed +3.5000, published +3.7500; largest difference 0.25" in off.message()
