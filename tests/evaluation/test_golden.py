@@ -82,7 +82,7 @@ def test_pass_or_fail_by_the_larger_difference():
 def test_without_published_scores_the_check_passes():
     unknown = GoldenResult(model="demo")
     assert unknown.met and unknown.difference is None
-    assert unknown.message().startswith(f"golden scores: none are published for demo, only for {BASE}; ")
+    assert unknown.message().startswith(f"golden scores: none are published for demo, only for {BASE}, {MATH}; ")
 
 
 def test_the_sibling_has_an_example_of_its_own():
