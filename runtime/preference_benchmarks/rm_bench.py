@@ -54,5 +54,5 @@ RM_BENCH = Benchmark(
     sections=sections,
     source="THU-KEG/RM-Bench",
     files="total_dataset.json",
-    format="rewardbench-2",
+    format="rm-bench",
 )
