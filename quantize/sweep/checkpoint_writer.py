@@ -76,8 +76,8 @@ class CheckpointWriter:
         config, model_config = dict(self.source.config), self.source.model_config
         config.pop("auto_map", None)
         config["architectures"] = [model_config.architecture]
-        if model_config.head_tensors == LINEAR_HEAD:
-            config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}  # transformers' default is two labels
+        if model_config.head_tensors == LINEAR_HEAD and "id2label" not in config:  # transformers' default is two labels
+            config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         config |= self._in_both_spellings()
         config["scored_token"] = self.source.renderer().rule.name
         config["quantization_config"] = self.quantization.to_config()
