@@ -100,21 +100,23 @@ class Transcript:
         text: without the special tokens before the first turn.
         turns: the last one may be an empty one of the assistant, which a response continues.
         padded: whether spaces around a turn's text belong to the template.
+        closed: whether an end token ends the last turn.
     """
 
     text: str
     turns: list[ChatMessage]
     padded: bool
+    closed: bool
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the assistant's turn has begun and not ended, such as in a generation prompt."""
+        return self.turns[-1]["role"] == "assistant" and not self.closed
 
     @property
     def start(self) -> str:
         """What the text already has of the response."""
-        return self.turns[-1]["content"] if self.turns[-1]["role"] == "assistant" else ""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the last turn is the assistant's, such as a generation prompt."""
-        return self.turns[-1]["role"] == "assistant"
+        return self.turns[-1]["content"] if self.is_open else ""
 
     def response(self, text: str) -> str:
         """The response that continues the transcript with `text`, without end tokens."""
@@ -122,14 +124,16 @@ class Transcript:
             text = text.lstrip(" ")
         elif self.text.endswith("Assistant:") and not self.start:
             text = text.removeprefix(" ")
-        content = strip_end_tokens(self.start + text)
-        return content.rstrip(" ") if self.padded else content
+        return self._ended(self.start + text)
 
     def whole(self) -> list[ChatMessage]:
         """The turns of a text that has its response, without end tokens."""
         last = self.turns[-1]
-        content = self.response("") if self.is_open else strip_end_tokens(last["content"])
-        return [*self.turns[:-1], {"role": last["role"], "content": content}]
+        return [*self.turns[:-1], {"role": last["role"], "content": self._ended(last["content"])}]
+
+    def _ended(self, content: str) -> str:
+        content = strip_end_tokens(content)
+        return content.rstrip(" ") if self.padded else content
 
 
 def read_transcript(text: str) -> Transcript | None:
@@ -168,8 +172,8 @@ def strip_end_tokens(text: str) -> str:
         end = behind - len(token)
 
 
-def _read_turns(text: str) -> tuple[list[ChatMessage], bool] | None:
-    """The turns and whether their template pads them; None if the text does not start with a turn."""
+def _read_turns(text: str) -> tuple[list[ChatMessage], bool, bool] | None:
+    """The turns, whether their template pads them, and whether the last one is closed; None without a first turn."""
     before = ""
     if system := _SYSTEM_BEFORE_TURNS.match(text):
         before, text = system[1], text[system.end() :]
@@ -181,7 +185,8 @@ def _read_turns(text: str) -> tuple[list[ChatMessage], bool] | None:
             turns = _turns_of(template, parts)
             if before or lead:
                 turns.insert(0, {"role": "system" if before else template.lead, "content": before or lead})
-            return turns, template.padded
+            ending = template.ending.search(parts[-1])
+            return turns, template.padded, ending is not None and bool(ending[0].strip())
     return None
 
 

@@ -56,6 +56,11 @@ CASES = {
         f"<start_of_turn>model\n{A}<end_of_turn>",
         [*TALK, ANSWER],
     ),
+    "after a turn that has ended": (
+        chat([*TALK, {"role": "assistant", "content": "Wait."}]),
+        A,
+        [*TALK, {"role": "assistant", "content": "Wait."}, ANSWER],
+    ),
     "plain": (Q, A, [TALK[2], ANSWER]),
     "plain with brackets": ("Is a <b> tag [bold]?", A, [{"role": "user", "content": "Is a <b> tag [bold]?"}, ANSWER]),
     "JSON": (json.dumps(TALK), A, [*TALK, ANSWER]),

@@ -196,7 +196,8 @@ def _read_transcript_response(text: str, name: str, prompt: Prompt, context: Row
 def opened_turn(text: str, prompt: Prompt) -> str | None:
     """The text of a response that begins with the template's opening of its own turn, and has no other turn."""
     transcript = None if prompt.is_open or text.startswith(_NAMES_OF_SPEAKERS) else read_transcript(text)
-    return transcript.response("") if transcript and transcript.is_open and len(transcript.turns) == 1 else None
+    turns = transcript.whole() if transcript else []
+    return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "assistant" else None
 
 
 def _check_roles(turns: list[ChatMessage], name: str, context: RowContext) -> None:
