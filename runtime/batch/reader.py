@@ -45,6 +45,7 @@ class ScoreInput:
         self.formats: dict[str, str] = {}
         self._formats_of_file: set[str] = set()
         self._notes: list[str] = []
+        self._notes_taken = 0
         self._located_rows = iter(located_rows)
         self._files = files
         self._digest = hashlib.sha256()
@@ -93,7 +94,8 @@ class ScoreInput:
 
     def take_notes(self) -> list[str]:
         """Notes on the formats that were recognised since the last call: one for each file and format."""
-        notes, self._notes = self._notes, []
+        notes = self._notes[self._notes_taken :]  # the Ray engine reads rows in another thread
+        self._notes_taken += len(notes)
         return notes
 
     def skip(self, rows: int, digest: str) -> None:
