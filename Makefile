@@ -15,11 +15,11 @@ demo: install
 	$(BIN)/python quantize/run.py --bits 4 --resume
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical
 
-# No slow and no gpu tests, one process per core, one thread each.
+# No slow and no gpu tests.
 test-fast: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not gpu' -n auto
+	$(BIN)/python -m pytest -m 'not slow and not gpu' -n logical
 
 # All readers of untrusted files and requests, for MINUTES minutes; status 1 if there are finds, in output/fuzz/finds.
 MINUTES := 10

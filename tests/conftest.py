@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # here and in child processes: tiny matrices gain nothing from threads
+
 import torch
 
 from runtime.api.service import Service
@@ -17,7 +20,7 @@ from tests.helpers.tiny import write_tiny_checkpoint
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_fsync_and_one_thread() -> Iterator[None]:
-    """For speed: tests/common/test_fsync.py records fsync calls, and tiny matrices gain nothing from threads."""
+    """For speed: tests/common/test_fsync.py records fsync calls."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
