@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,19 +103,26 @@ def server(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.url:
         yield arguments.url.rstrip("/")
         return
-    with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, str(ROOT / "app.py"), "--model", arguments.model, "--port", "0", "--no-page"]
-        process = subprocess.Popen(command, stderr=log)
-        try:
-            while process.poll() is None and '"event": "ready"' not in read_log(log):
-                time.sleep(0.2)
-            port = re.search(r'"port": (\d+)', read_log(log))
-            if port is None or process.poll() is not None:
-                raise SystemExit(read_log(log))
-            yield f"http://127.0.0.1:{port[1]}"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            print(f"server ended with status {process.wait(60)}", file=sys.stderr)
+    with tempfile.TemporaryFile("w+") as log, started(arguments.model, log) as (url, process):
+        yield url
+    print(f"server ended with status {process.returncode}", file=sys.stderr)
+
+
+@contextmanager
+def started(model: str, log: IO[str], *options: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The address and the process of a new server that logs to a file, once it is ready; it is stopped at the end."""
+    command = [sys.executable, str(ROOT / "app.py"), "--model", model, "--port", "0", "--no-page", *options]
+    process = subprocess.Popen(command, stderr=log)
+    try:
+        while process.poll() is None and '"event": "ready"' not in read_log(log):
+            time.sleep(0.2)
+        port = re.search(r'"port": (\d+)', read_log(log))
+        if port is None or process.poll() is not None:
+            raise SystemExit(read_log(log))
+        yield f"http://127.0.0.1:{port[1]}", process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
 
 
 def read_log(log: Any) -> str:
