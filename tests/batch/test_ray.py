@@ -25,6 +25,7 @@ from runtime.common.errors import ConfigurationError
 from runtime.score import main
 from tests.helpers.damage import change_tensors
 from tests.helpers.processes import start_process
+from tests.helpers.row_examples import RECOGNISED
 from tests.helpers.tiny_score import mixed_rows, read_jsonl, score, write_jsonl
 
 if find_spec("ray") is None:
@@ -108,6 +109,22 @@ def test_two_actors_write_the_bytes_of_one_process(cluster, tiny_checkpoint, row
     said = capfd.readouterr().err
     assert "2 actors (1 CPU each) on 1 machine; each one:" in said and "resident: all blocks on cpu" in said
     assert f"out.{suffix}: 61 rows, 51 scored, 10 with errors" in said and "rows.jsonl:4: the last turn is" in said
+
+
+@slow
+def test_rows_of_every_format_in_several_files_are_read_as_by_one_process(cluster, tiny_checkpoint, tmp_path, capfd):
+    source = tmp_path / "rows"
+    source.mkdir()
+    rows = [row for _, row, *_ in RECOGNISED]
+    write_jsonl(source / "a.jsonl", rows[::2])
+    write_jsonl(source / "b.jsonl", rows[1::2])
+    said = []
+    for name, more in (("one.jsonl", ()), ("two.jsonl", TWO)):
+        assert score(tiny_checkpoint, source, "--output", tmp_path / name, *more) == 0
+        lines = capfd.readouterr().err.splitlines()
+        said.append([line for line in lines if "the format is" in line])
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert said[0] == said[1] and {line[:2] for line in said[0]} == {"a.", "b."}
 
 
 @slow
