@@ -182,7 +182,8 @@ def test_config_is_the_source_s_with_what_readers_look_for(finished, place):
     assert config.pop("quantization_config") == GPTQ_CONFIG
     assert json.loads((finished / "quantize_config.json").read_text()) == GPTQ_CONFIG
     del source["auto_map"]  # it would have readers execute code that is not here
-    assert config == source | {"dtype": "bfloat16"}  # the source has the older name alone
+    newer = {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    assert config == source | newer | {"scored_token": "<|endoftext|>"}  # the source has the older names alone
     assert not list(finished.glob("*.py"))
 
 
