@@ -35,28 +35,19 @@ def run_command(
     Errors that the user can fix are printed as one line on standard error, with status 2. All others keep their
     traceback. Ctrl-C and SIGTERM print `resume_hint(options)`, with status 130.
     """
-    console = CommandConsole()
-    interrupted = False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
+    console, interrupts = CommandConsole(), _Interrupts()
     try:
-        signal.signal(signal.SIGTERM, interrupt)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and shells may ignore it
-            signal.signal(signal.SIGINT, interrupt)
-        keep_freed_memory()
-        options = parse(argv)
-        try:
-            return run(options, console)
-        except (KeyboardInterrupt, Exception) as error:
-            # Extension modules may turn a KeyboardInterrupt that reaches them into an error of their own.
-            if not interrupted and not isinstance(error, KeyboardInterrupt):
-                raise
-            console.print(f"stopped; {resume_hint(options)}")
-            return STOPPED
+        with interrupts:
+            keep_freed_memory()
+            options = parse(argv)
+            try:
+                return run(options, console)
+            except (KeyboardInterrupt, Exception) as error:
+                # Extension modules may turn a KeyboardInterrupt that reaches them into an error of their own.
+                if not interrupts.received and not isinstance(error, KeyboardInterrupt):
+                    raise
+                console.print(f"stopped; {resume_hint(options)}")
+                return STOPPED
     except KeyboardInterrupt:  # before the command began, or once more
         console.print("stopped.")
         return STOPPED
@@ -70,6 +61,40 @@ def run_command(
             raise
         console.print(f"error: {describe_os_error(error)}")
     return ERROR
+
+
+class _Interrupts:
+    """Raises a KeyboardInterrupt in the main thread at Ctrl-C and SIGTERM.
+
+    Attributes:
+        received: whether there was one.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._hook = sys.unraisablehook
+
+    def __enter__(self) -> None:
+        sys.unraisablehook = self._raise_again
+        signal.signal(signal.SIGALRM, self._raise)
+        signal.signal(signal.SIGTERM, self._raise)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and shells may ignore it
+            signal.signal(signal.SIGINT, self._raise)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = self._hook
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        raise KeyboardInterrupt
+
+    def _raise_again(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Nothing propagates from a `__del__`: an interrupt that came in one is raised a moment later."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            self._hook(unraisable)
 
 
 def make_parser(module_command: str, description: str, epilog: str) -> argparse.ArgumentParser:

@@ -130,12 +130,12 @@ def test_uploads_are_private_to_the_server(page_service, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     removals = []
     monkeypatch.setattr(atexit, "register", lambda *call, **options: removals.append((call, options)))
-    serve._add_page(FastAPI(), page_service)
+    serve._add_page(FastAPI(), page_service, "")
     uploads = Path(gradio.utils.get_upload_folder())
     assert uploads.parent == tmp_path and uploads.stat().st_mode & 0o777 == 0o700
     ((remove, *rest), options) = next(each for each in removals if str(uploads) in each[0])
     remove(*rest, **options)
     assert not uploads.exists()
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "chosen"))
-    serve._add_page(FastAPI(), page_service)
+    serve._add_page(FastAPI(), page_service, "")
     assert gradio.utils.get_upload_folder() == str(tmp_path / "chosen")
