@@ -149,6 +149,7 @@ class Job:
     def finish(self) -> None:
         """Mark the job as finished and delete the hidden state buffers."""
         self._state["finished"] = True
+        self._progress["done"] = self._progress["total"]
         self._save()
         self._remove_states()
 
