@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from runtime.common.errors import USER_FIXABLE_ERRNOS, JobError
+from runtime.common.errors import USER_FIXABLE_ERRNOS, JobError, summarize_error
 
 CONTINUE = "What was uploaded is kept; the same command continues."
 
@@ -40,17 +40,17 @@ def _explain(error: Exception, repository: str) -> str:
     kinds = (ConnectionError, TimeoutError)
     if any(isinstance(each, kinds) or type(each).__module__.startswith(("httpx", "httpcore")) for each in chain):
         return (
-            f"{repository}: the hub at {constants.ENDPOINT} cannot be reached ({_first_line(error)}); try again when "
-            f"the network is up. {CONTINUE}"
+            f"{repository}: the hub at {constants.ENDPOINT} cannot be reached ({summarize_error(error)}); try again "
+            f"when the network is up. {CONTINUE}"
         )
     if isinstance(error, (OSError, RuntimeError)):  # of the transfer: hf_xet and the LFS upload raise these
-        return f"{repository}: the upload failed ({_first_line(error)}). {CONTINUE}"
+        return f"{repository}: the upload failed ({summarize_error(error)}). {CONTINUE}"
     return ""
 
 
 def _explain_answer(error: HfHubHTTPError, repository: str) -> str:
     status = error.response.status_code
-    reason = error.server_message or _first_line(error)
+    reason = error.server_message or summarize_error(error)
     owner = repository.partition("/")[0]
     if status == 401:
         return (
@@ -65,7 +65,3 @@ def _explain_answer(error: HfHubHTTPError, repository: str) -> str:
     if status in (429, *range(500, 600)):
         return f"{repository}: the hub answered {status} ({reason}), also when asked again. {CONTINUE}"
     return f"{repository}: the hub refused with {status} ({reason})."
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")

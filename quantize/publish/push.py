@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,14 +38,14 @@ class PushOptions:
         ConfigurationError: `repository` or `base_model` is no hub id.
     """
 
-    repository: str | None
+    repository: str
     dry_run: bool = False
     public: bool = False
     include_rows: bool = False
     overwrite: bool = False
     base_model: str | None = None
     license: str | None = None
-    results: list[Path] | tuple[Path, ...] = ()
+    results: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         for flag, value in (("--push-to", self.repository), ("--base-model", self.base_model)):
@@ -64,7 +65,6 @@ def push(model: str, options: PushOptions, console: Console) -> None:
             content.
         JobError: the hub refused the upload or cannot be reached.
     """
-    assert options.repository is not None
     # 1. Validate the model, list its files and complete its card.
     checkpoint = open_checkpoint(model)
     card = _card(checkpoint, options)
@@ -112,7 +112,6 @@ def print_plan(plan: UploadPlan, card: ModelCard, console: Console) -> None:
 
 
 def _card(checkpoint: Checkpoint, options: PushOptions) -> ModelCard:
-    assert options.repository is not None
     if checkpoint.quantization is None:
         raise ConfigurationError(f"{checkpoint.name} is not quantized; give a checkpoint that this kit has written.")
     return published_card(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from quantize.job.recipe import Recipe
 from runtime.checkpoints.checkpoint import Checkpoint
 from runtime.common.hub import HubId
-from runtime.evaluation.golden import PUBLISHED_SCORES
+from runtime.evaluation.golden import match_name
 from runtime.evaluation.metrics import Estimate
 from runtime.evaluation.report import ParityReport
 from runtime.evaluation.verdict import describe_quantization, summary_table, verdict
@@ -68,17 +67,15 @@ def render_card(
     scored_at: str,
     report: ParityReport | None,
     kit: str,
-    results: Sequence[EvalResult] = (),
 ) -> str:
     """Render the checkpoint's README.md. It has no timestamps, so that equal jobs write equal bytes.
 
     Args:
         source: the unquantized checkpoint; its licence is taken from its card, if it has one.
         scored_at: describes the scored token, see `ScoringRule.description`.
-        results: of other evaluations, for the metadata.
     """
     settings = recipe.choices() | ({"base model": f"{source.name}, commit {source.commit}"} if source.commit else {})
-    results = [*(parity_results(report) if report else ()), *results]
+    results = parity_results(report) if report else []
     base_model = base_model_id(source.name)
     metadata = ModelCardData(
         base_model=base_model,
@@ -110,7 +107,7 @@ def base_model_id(name: str) -> str | None:
     """The hub id of a model: a hub id without its revision, or that of a WorldPM model by the name of its directory."""
     if hub_id := HubId.parse(name):
         return hub_id.name
-    return next((each for each in PUBLISHED_SCORES if each.partition("/")[2].casefold() == name.casefold()), None)
+    return match_name(name)
 
 
 def parity_results(report: ParityReport) -> list[EvalResult]:

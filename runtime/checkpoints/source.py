@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.common.errors import USER_FIXABLE_ERRNOS, CheckpointError
+from runtime.common.errors import USER_FIXABLE_ERRNOS, CheckpointError, summarize_error
 from runtime.common.hub import HubId
 
 ALLOWED_FILES = ("*.safetensors", "*.json", "merges.txt", "*.jinja", "parity_pairs.jsonl", "README.md")
@@ -73,7 +73,7 @@ def _download(model: HubId, files: tuple[str, ...]) -> Path:
     except Exception as error:  # each network library under the hub client raises its own exceptions
         if isinstance(error, OSError) and error.errno in USER_FIXABLE_ERRNOS:
             raise  # such as a full disk
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+        reason = summarize_error(error)
         raise CheckpointError(
             f"{model_id} is not a local directory and could not be downloaded ({reason}); run the same command again "
             "when the network is up, or copy the files to this machine and name their directory."

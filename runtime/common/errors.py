@@ -114,3 +114,8 @@ def _mount_point(path: str) -> str:
     while not os.path.ismount(path):
         path = os.path.dirname(path)
     return path
+
+
+def summarize_error(error: BaseException) -> str:
+    """The type and the first line of an error of a library, for a message of ours."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
