@@ -14,6 +14,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -143,6 +144,12 @@ class Renderer:
             warnings.append(f"truncated: the oldest {dropped} turns were dropped")
         return RenderedConversation(token_ids, self._scored_index(token_ids), warnings)
 
+    @cached_property
+    def ending(self) -> list[int]:
+        """The token ids of every rendering from the scored token on."""
+        rendered = self.render(probe("b"))
+        return rendered.token_ids[rendered.scored_index :]
+
     def _scored_index(self, token_ids: list[int]) -> int:
         if self.rule.end_token is None:
             return len(token_ids) - 1
@@ -180,8 +187,7 @@ class Renderer:
             if piece in self._special_ids:
                 token_ids.append(self._special_ids[piece])
             elif piece:
-                text = piece.replace(escape_character, "")
-                token_ids.extend(self._encode_text(text))
+                token_ids.extend(self._encode_text(piece.replace(escape_character, "")))
         return token_ids
 
     def _encode_text(self, text: str) -> list[int]:

@@ -8,8 +8,6 @@ from runtime.common.errors import ConversationError
 from runtime.conversations.conversation import location_prefix
 from runtime.conversations.rendering import RenderedConversation, Renderer
 
-_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
 
 def take_token_ids(
     token_ids: Sequence[int], renderer: Renderer, vocab_size: int, where: str = ""
@@ -27,8 +25,7 @@ def take_token_ids(
         raise ConversationError(
             f"{prefix}{len(token_ids)} tokens, but the model has {renderer.max_positions} positions; shorten it."
         )
-    probe = renderer.render(_PROBE)
-    end = probe.token_ids[probe.scored_index :]
+    end = renderer.ending
     if len(token_ids) <= len(end) or list(token_ids[-len(end) :]) != end:
         found = f"end with {token_ids[-1]}" if token_ids else "are empty"
         raise ConversationError(
